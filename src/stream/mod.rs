@@ -1,0 +1,49 @@
+//! How we speak Kafka. No stage lives here: `cdc` owns a producer, `lake` owns a consumer.
+
+use std::{fmt, num::NonZeroU32, sync::Arc};
+
+use bytes::Bytes;
+
+pub mod consumer;
+pub mod producer;
+pub mod topics;
+
+/// Settings of the stream, `[stream]` in `config.toml`.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// `"embedded"` starts our own broker; anything else is a list of `host:port`.
+    pub bootstrap_servers: String,
+    /// Partitions of each table's topic when we create it. The transaction topic always has one: its order is the order of commits.
+    pub partitions: NonZeroU32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { bootstrap_servers: "embedded".to_owned(), partitions: NonZeroU32::MIN }
+    }
+}
+
+/// A topic and one of its partitions: the unit of order.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Lane {
+    pub topic: Arc<str>,
+    pub partition: i32,
+}
+
+impl fmt::Display for Lane {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}[{}]", self.topic, self.partition)
+    }
+}
+
+/// One Kafka message as it lies in the log. `value` is None for a tombstone.
+#[derive(Debug, Clone)]
+pub struct Record {
+    pub lane: Lane,
+    pub offset: i64,
+    /// Kafka's timestamp, milliseconds since 1970 UTC.
+    pub timestamp_ms: i64,
+    pub key: Option<Bytes>,
+    pub value: Option<Bytes>,
+}
