@@ -1,0 +1,35 @@
+"""Holds two summaries of `run --once` on one data dir against what they must say: usage: check_summary.py FIRST SECOND"""
+
+import json
+import sys
+
+KPIS = {
+    "total_balance", "total_transactions", "average_balance_per_account", "total_accounts", "total_customers",
+    "transaction_amount_over_time", "average_balance_per_account_type", "transaction_amount_by_type",
+    "average_balance_by_account_type", "total_customers_balance",
+}
+
+
+def check(path, posted):
+    with open(path, encoding="utf-8") as file:
+        summary = json.load(file)
+    assert summary["schema"] == 1, summary["schema"]
+    assert summary["outcome"] == "success", summary["outcome"]
+    assert summary["reconcile"]["ok"] is True, [it for it in summary["reconcile"]["checks"] if not it["ok"]]
+    tests = summary["dbt"]["tests"]
+    assert tests["pass"] > 0 and tests["fail"] == tests["error"] == tests["skip"] == 0, tests
+    assert set(summary["kpis"]) == KPIS, sorted(set(summary["kpis"]) ^ KPIS)
+    assert summary["bank"]["transactions"] == posted, summary["bank"]
+    assert summary["warehouse"]["rows_loaded"]["transactions"] > 0, summary["warehouse"]
+    assert all(dag["state"] == "success" for dag in summary["dags"]), summary["dags"]
+    assert {dag["dag_id"] for dag in summary["dags"]} == {"MinIO_S3_to_Snowflake", "DBT_Bank_Data_Transformation_Pipeline"}
+    assert len(summary["mails"]) >= 2, summary["mails"]
+    assert summary["peak_rss_mb"] <= 400, summary["peak_rss_mb"]
+    return summary
+
+
+first, second = check(sys.argv[1], 1000), check(sys.argv[2], 2000)
+days = len(first["kpis"]["transaction_amount_over_time"])
+assert 30 <= days <= 31, days
+assert second["kpis"]["total_transactions"] > first["kpis"]["total_transactions"]
+print(f"both runs reconcile; {days} days; {first['dbt']['tests']['pass']} tests pass; peak {first['peak_rss_mb']} MB")

@@ -1,0 +1,145 @@
+//! `doctor`: what this machine and this configuration need, each checked by trying it.
+
+use std::{fs, path::Path};
+
+use serde::Serialize;
+
+use crate::{
+    config::{EMBEDDED, Loaded},
+    embedded::python,
+    units::bytes_for_people,
+};
+
+/// Less free space than this and the first start may fail: the Python environment and a cluster take about 500 MB.
+const FREE_BYTES_MIN: u64 = 2 << 30;
+
+#[derive(Debug, Serialize)]
+pub struct Finding {
+    pub name: &'static str,
+    pub ok: bool,
+    /// What was found, in one sentence.
+    pub found: String,
+    /// What to do, where it is not ok.
+    pub remedy: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub schema: u32,
+    pub ok: bool,
+    pub findings: Vec<Finding>,
+}
+
+pub async fn examine(loaded: &Loaded) -> Report {
+    let data_dir = loaded.data_dir();
+    let findings = vec![configuration(loaded), python_found().await, data_dir_usable(&data_dir), space(&data_dir), dbt_project(loaded), terminal()];
+    let external = external_addresses(loaded).await;
+    let findings: Vec<Finding> = findings.into_iter().chain(external).collect();
+    Report { schema: 1, ok: findings.iter().all(|it| it.ok), findings }
+}
+
+fn configuration(loaded: &Loaded) -> Finding {
+    let found = match &loaded.file {
+        Some(file) => format!("{} is valid, profile {}", file.display(), loaded.config.profile),
+        None => "no config.toml here: every key has its default".to_owned(),
+    };
+    Finding { name: "configuration", ok: true, found, remedy: None }
+}
+
+async fn python_found() -> Finding {
+    match python::find().await {
+        Ok(found) => Finding { name: "python", ok: true, found: format!("{} is Python {}", found.path.display(), found.version), remedy: None },
+        Err(error) => failed("python", &error),
+    }
+}
+
+fn failed(name: &'static str, error: &impl crate::fault::Diagnose) -> Finding {
+    let remedy = match error.fault() {
+        crate::fault::Fault::Operator(remedy) | crate::fault::Fault::Data(remedy) => Some(remedy),
+        crate::fault::Fault::Transient | crate::fault::Fault::Bug => None,
+    };
+    Finding { name, ok: false, found: crate::fault::chain(error), remedy }
+}
+
+fn data_dir_usable(data_dir: &Path) -> Finding {
+    let name = "data dir";
+    let probe = data_dir.ancestors().find(|it| it.exists()).unwrap_or(data_dir).join(".ledgerline-doctor");
+    match fs::write(&probe, b"x").and_then(|()| fs::remove_file(&probe)) {
+        Ok(()) => Finding { name, ok: true, found: format!("{} can be written", data_dir.display()), remedy: None },
+        Err(error) => Finding {
+            name,
+            ok: false,
+            found: format!("{} cannot be written: {error}", data_dir.display()),
+            remedy: Some("choose another folder with --data-dir, or change its permissions".to_owned()),
+        },
+    }
+}
+
+fn space(data_dir: &Path) -> Finding {
+    let name = "free space";
+    let existing = data_dir.ancestors().find(|it| it.exists()).unwrap_or(Path::new("/"));
+    match rustix::fs::statvfs(existing) {
+        Ok(found) => {
+            let free = found.f_bavail.saturating_mul(found.f_frsize);
+            Finding {
+                name,
+                ok: free >= FREE_BYTES_MIN,
+                found: format!("{} free at {}", bytes_for_people(free), existing.display()),
+                remedy: (free < FREE_BYTES_MIN).then(|| format!("free some space: a pipeline wants at least {}", bytes_for_people(FREE_BYTES_MIN))),
+            }
+        }
+        Err(error) => Finding { name, ok: false, found: format!("could not be asked: {error}"), remedy: None },
+    }
+}
+
+fn dbt_project(loaded: &Loaded) -> Finding {
+    let folder = loaded.dbt_project_dir();
+    let ok = folder.join("dbt_project.yml").is_file();
+    Finding {
+        name: "dbt project",
+        ok,
+        found: format!("{} {}", folder.display(), if ok { "is there" } else { "holds no dbt_project.yml" }),
+        remedy: (!ok).then(|| "run from the repository, or set dbt.project_dir".to_owned()),
+    }
+}
+
+fn terminal() -> Finding {
+    use std::io::IsTerminal as _;
+    let found = if std::io::stdout().is_terminal() {
+        let (columns, rows) = crossterm::terminal::size().unwrap_or_default();
+        format!("{columns}×{rows}: the console fits from 80×24")
+    } else {
+        "none: `run` reports as lines".to_owned()
+    };
+    Finding { name: "terminal", ok: true, found, remedy: None }
+}
+
+/// Tries to connect to what is not embedded.
+async fn external_addresses(loaded: &Loaded) -> Vec<Finding> {
+    let config = &loaded.config;
+    let urls = [("source.url", &config.source.url), ("warehouse.url", &config.warehouse.url), ("state.url", &config.state.url), ("lake.endpoint", &config.lake.endpoint)];
+    let mut findings = Vec::new();
+    for (name, address) in urls.into_iter().filter(|(_, address)| *address != EMBEDDED) {
+        let host = url::Url::parse(address).ok().and_then(|url| Some((url.host_str()?.to_owned(), url.port_or_known_default().unwrap_or(5432))));
+        findings.push(reachable(name, host).await);
+    }
+    for server in config.stream.bootstrap_servers.split(',').map(str::trim).filter(|it| *it != EMBEDDED && !it.is_empty()) {
+        let host = server.rsplit_once(':').and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
+        findings.push(reachable("stream.bootstrap_servers", host).await);
+    }
+    findings
+}
+
+async fn reachable(name: &'static str, host: Option<(String, u16)>) -> Finding {
+    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(3);
+    let Some((host, port)) = host else {
+        return Finding { name, ok: false, found: "is not an address with a host".to_owned(), remedy: Some(format!("correct {name}")) };
+    };
+    let tried = tokio::time::timeout(PATIENCE, tokio::net::TcpStream::connect((host.as_str(), port))).await;
+    let why = match tried {
+        Ok(Ok(_)) => return Finding { name, ok: true, found: format!("{host}:{port} answers"), remedy: None },
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no answer within {} s", PATIENCE.as_secs()),
+    };
+    Finding { name, ok: false, found: format!("{host}:{port}: {why}"), remedy: Some(format!("start that service, or correct {name}")) }
+}

@@ -1,0 +1,188 @@
+//! One module a command: each reads the configuration, reaches what it needs and prints its result on stdout.
+//!
+//! A command that needs embedded services asks the pipeline that owns the data dir where they are; where none runs, it
+//! takes the data dir itself, starts just those services and stops them again.
+
+use std::{
+    io::{IsTerminal as _, Write as _},
+    path::Path,
+};
+
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    cli::{Cli, Command, ConfigCommand, LogFormat, Output},
+    config::{self, Loaded},
+    embedded::Progress,
+    exit::{Exit, Failure},
+    interrupt,
+    pipeline::{
+        data_dir::{self, DataDir},
+        services::{Addresses, Needs, Services},
+        socket::Client,
+    },
+    telemetry::{self, Front},
+};
+
+mod attach;
+mod dag;
+mod doctor;
+mod kpi;
+mod lake;
+mod reset;
+mod run;
+mod services;
+
+/// Carries out one invocation.
+pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
+    let (global, command) = cli.into_parts();
+    let overrides = global.overrides(&command);
+    let loaded = config::load(global.config.as_deref(), std::env::vars(), &overrides).map_err(|error| Failure::usage(&error))?;
+    let log_format = global.log_format;
+    let owns_logs = matches!(command, Command::Run(_) | Command::Generate(_) | Command::Sink(_) | Command::Scheduler(_) | Command::Attach(_))
+        || matches!(&command, Command::Cdc(cdc) if cdc.command.is_none());
+    if !owns_logs {
+        start_logs(Front::Stderr(log_format), None)?;
+    }
+    match command {
+        Command::Run(flags) => run::run(&loaded, flags, log_format).await,
+        Command::Generate(stage) => run::stage_alone(&loaded, run::Alone::Bank, stage.for_, log_format).await,
+        Command::Cdc(cdc) => match cdc.command {
+            None => run::stage_alone(&loaded, run::Alone::Cdc, None, log_format).await,
+            Some(command) => services::cdc(&loaded, command).await,
+        },
+        Command::Sink(stage) => run::stage_alone(&loaded, run::Alone::Lake, stage.for_, log_format).await,
+        Command::Scheduler(stage) => run::stage_alone(&loaded, run::Alone::Scheduler, stage.for_, log_format).await,
+        Command::Attach(look) => attach::attach(&loaded, look).await,
+        Command::Services(output) => services::services(&loaded, output).await,
+        Command::Dag(command) => dag::dag(&loaded, command).await,
+        Command::Kpi(output) => kpi::kpi(&loaded, output).await,
+        Command::Reconcile(output) => kpi::reconcile(&loaded, output).await,
+        Command::Lake(command) => lake::lake(&loaded, command).await,
+        Command::Doctor(output) => show_doctor(&loaded, output).await,
+        Command::Config(ConfigCommand::Show(output)) => show_config(&loaded, output),
+        Command::Reset(flags) => reset::reset(&loaded, &flags).await,
+    }
+}
+
+fn start_logs(front: Front, folder: Option<&Path>) -> Result<Option<tracing_appender::non_blocking::WorkerGuard>, Failure> {
+    telemetry::start(front, folder).map_err(|error| {
+        Failure::new(Exit::Usage, format!("could not open the log in {}: {error}", folder.unwrap_or(Path::new(".")).display()))
+            .with_remedy("choose a folder that you may write with --data-dir")
+    })
+}
+
+async fn show_doctor(loaded: &Loaded, output: Output) -> Result<Exit, Failure> {
+    let report = doctor::examine(loaded).await;
+    if output.json {
+        print_json(&report)?;
+    } else {
+        let mut text = String::new();
+        for finding in &report.findings {
+            let mark = if finding.ok { "ok  " } else { "FAIL" };
+            text += &format!("{mark}  {:<26} {}\n", finding.name, finding.found);
+            if let Some(remedy) = &finding.remedy {
+                text += &format!("      {:<26} → {remedy}\n", "");
+            }
+        }
+        print(&text)?;
+    }
+    Ok(if report.ok { Exit::Right } else { Exit::Away })
+}
+
+fn show_config(loaded: &Loaded, output: Output) -> Result<Exit, Failure> {
+    if output.json {
+        print_json(&loaded.config)?;
+    } else {
+        print(&loaded.config.to_toml())?;
+    }
+    Ok(Exit::Right)
+}
+
+/// Addresses of what runs, or of what was started for this command; give it back with [`Reach::release`].
+struct Reach {
+    addresses: Addresses,
+    started: Option<(Services, DataDir)>,
+    /// The pipeline that owns the data dir, if one runs.
+    owner: Option<Client>,
+}
+
+impl Reach {
+    /// Asks the owner of the data dir, or becomes it for a moment.
+    async fn take(loaded: &Loaded, needs: Needs, interrupted: &CancellationToken) -> Result<Self, Failure> {
+        let root = loaded.data_dir();
+        if let Some(mut owner) = Client::connect(&data_dir::socket_path(&root)).await {
+            let printed = owner.services().await.map_err(|error| Failure::new(Exit::Away, format!("the running pipeline does not answer: {error}")))?;
+            let addresses = printed.into_addresses().map_err(|error| Failure::from_error(&error))?;
+            return Ok(Self { addresses, started: None, owner: Some(owner) });
+        }
+        let data_dir = take_data_dir(&root)?;
+        let services = start_services(loaded, &data_dir, needs, interrupted).await?;
+        Ok(Self { addresses: services.addresses.clone(), started: Some((services, data_dir)), owner: None })
+    }
+
+    async fn release(self) {
+        if let Some((mut services, _data_dir)) = self.started {
+            services.stop().await;
+        }
+    }
+}
+
+fn take_data_dir(root: &Path) -> Result<DataDir, Failure> {
+    DataDir::take(root).map_err(|error| match error {
+        data_dir::Error::InUse { .. } => Failure::from_error(&error),
+        _ => Failure::usage(&error),
+    })
+}
+
+/// Starts embedded services with progress lines on stderr; ^C ends the preparation and leaves nothing behind.
+async fn start_services(loaded: &Loaded, data_dir: &DataDir, needs: Needs, interrupted: &CancellationToken) -> Result<Services, Failure> {
+    let progress = Progress::to(|line| eprintln!("{line}"));
+    let mut services = Services::new(loaded, data_dir).map_err(|error| Failure::from_error(&error))?;
+    let started = tokio::select! {
+        started = services.start(loaded, data_dir, needs, &progress) => started.map_err(|error| Failure::from_error(&error)),
+        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted while preparing")),
+    };
+    match started {
+        Ok(()) => Ok(services),
+        Err(failure) => {
+            services.stop().await;
+            Err(failure)
+        }
+    }
+}
+
+fn print_json(document: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string(document).map_err(|error| Failure::new(Exit::Bug, error.to_string()))?;
+    print(&(text + "\n"))
+}
+
+/// Results go to stdout; a reader that has left (`| head`) is no error.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::new(Exit::Away, format!("could not write to stdout: {error}"))),
+        _ => Ok(()),
+    }
+}
+
+/// Asks a yes-or-no question on the terminal; without one the answer is no.
+fn confirmed(question: &str) -> bool {
+    if !std::io::stdin().is_terminal() {
+        return false;
+    }
+    eprint!("{question} [y/N] ");
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).is_ok() && matches!(answer.trim(), "y" | "Y" | "yes")
+}
+
+/// The default way of a command that may be interrupted.
+fn interrupts() -> CancellationToken {
+    interrupt::token()
+}
+
+/// Logs of a command that runs stages.
+fn log_front(console: bool, format: LogFormat) -> Front {
+    if console { Front::Console } else { Front::Stderr(format) }
+}

@@ -1,0 +1,193 @@
+//! The data dir: one owner at a time, of one version, with the ports and credentials chosen at its first start.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, Read as _, Seek as _, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::fault::{Diagnose, Fault};
+
+/// Raised when the layout of the data dir changes so that older programs must not touch it.
+const VERSION: u32 = 1;
+
+/// Unix socket addresses hold 108 bytes; a longer path gets a short one under the temporary folder.
+const SOCKET_PATH_MAX: usize = 100;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("data dir {} cannot be used", path.display())]
+    Unusable {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("data dir {} belongs to version {found} of its layout, this program writes version {VERSION}", path.display())]
+    OtherVersion { path: PathBuf, found: String },
+    #[error("data dir {} is in use by process {owner}", path.display())]
+    InUse { path: PathBuf, owner: String },
+    #[error("{} is not a ledgerline data dir", path.display())]
+    NotOurs { path: PathBuf },
+}
+
+impl Diagnose for Error {
+    fn fault(&self) -> Fault {
+        Fault::Operator(match self {
+            Self::Unusable { .. } => "make it a folder that you may write, or choose another with --data-dir".to_owned(),
+            Self::OtherVersion { .. } => "use the program that wrote it, or choose another folder with --data-dir, or delete it with `ledgerline reset`".to_owned(),
+            Self::InUse { .. } => "look at it with `ledgerline attach`, end that process, or choose another folder with --data-dir".to_owned(),
+            Self::NotOurs { .. } => "choose an empty or a new folder with --data-dir".to_owned(),
+        })
+    }
+}
+
+/// The data dir while this process owns it. Dropping it gives it up.
+#[derive(Debug)]
+pub struct DataDir {
+    root: PathBuf,
+    /// Held for its lock, which the system takes back whatever way this process ends.
+    _lock: File,
+}
+
+/// What was chosen at the first start and must stay: clients have written it down.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Chosen {
+    pub s3_access_key_id: String,
+    pub s3_secret_access_key: String,
+    pub kafka_port: u16,
+    pub s3_port: u16,
+}
+
+impl DataDir {
+    /// Creates it where it is absent, and takes it. Refused where another process holds it.
+    pub fn take(root: &Path) -> Result<Self, Error> {
+        let unusable = |source| Error::Unusable { path: root.to_owned(), source };
+        let known = root.join("version").exists();
+        if !known && root.is_dir() && fs::read_dir(root).map_err(unusable)?.next().is_some() && !root.join("lock").exists() {
+            return Err(Error::NotOurs { path: root.to_owned() });
+        }
+        // PostgreSQL may run as another user below it, so others may pass through but not look around.
+        fs::DirBuilder::new().recursive(true).mode(0o711).create(root).map_err(unusable)?;
+        let mut lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(root.join("lock")).map_err(unusable)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut owner = String::new();
+                // The pid is for the message only; without it the refusal stands all the same.
+                let _ = lock.read_to_string(&mut owner);
+                let owner = if owner.trim().is_empty() { "(unknown)".to_owned() } else { owner.trim().to_owned() };
+                return Err(Error::InUse { path: root.to_owned(), owner });
+            }
+            Err(TryLockError::Error(source)) => return Err(unusable(source)),
+        }
+        lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| write!(lock, "{}", std::process::id())).and_then(|()| lock.sync_data()).map_err(unusable)?;
+        match fs::read_to_string(root.join("version")) {
+            Ok(found) if found.trim() == VERSION.to_string() => {}
+            Ok(found) => return Err(Error::OtherVersion { path: root.to_owned(), found: found.trim().to_owned() }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => fs::write(root.join("version"), VERSION.to_string()).map_err(unusable)?,
+            Err(source) => return Err(unusable(source)),
+        }
+        Ok(Self { root: root.to_owned(), _lock: lock })
+    }
+
+    pub fn join(&self, part: &str) -> PathBuf {
+        self.root.join(part)
+    }
+
+    /// The generated credentials and ports, read back or made now.
+    pub fn chosen(&self) -> Result<Chosen, Error> {
+        let path = self.join("chosen.json");
+        let unusable = |source| Error::Unusable { path: path.clone(), source };
+        match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| unusable(io::Error::new(io::ErrorKind::InvalidData, error))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let chosen = Chosen { s3_access_key_id: random_text(20), s3_secret_access_key: random_text(40), kafka_port: 0, s3_port: 0 };
+                self.keep(&chosen)?;
+                Ok(chosen)
+            }
+            Err(source) => Err(unusable(source)),
+        }
+    }
+
+    /// Writes down what was chosen; only this user may read it.
+    pub fn keep(&self, chosen: &Chosen) -> Result<(), Error> {
+        let path = self.join("chosen.json");
+        let unusable = |source| Error::Unusable { path: path.clone(), source };
+        let part = self.join("chosen.json.part");
+        let text = serde_json::to_vec_pretty(chosen).expect("plain values");
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&part).map_err(unusable)?;
+        file.write_all(&text).and_then(|()| file.sync_data()).and_then(|()| fs::rename(&part, &path)).map_err(unusable)
+    }
+}
+
+/// Where the owner of a data dir listens for the console and single commands.
+pub fn socket_path(root: &Path) -> PathBuf {
+    let path = root.join("control.sock");
+    if path.as_os_str().len() <= SOCKET_PATH_MAX {
+        return path;
+    }
+    use sha2::Digest as _;
+    let name = hex::encode(&sha2::Sha256::digest(root.as_os_str().as_encoded_bytes())[..8]);
+    std::env::temp_dir().join(format!("ledgerline-{name}.sock"))
+}
+
+/// Letters and digits from the system's random numbers.
+fn random_text(length: usize) -> String {
+    use rand::Rng as _;
+    const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
+    let mut random = rand::rng();
+    (0..length).map(|_| char::from(LETTERS[random.next_u32() as usize % LETTERS.len()])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_data_dir_has_one_owner_and_the_second_is_told_whose_it_is() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let root = folder.path().join("data");
+        let first = DataDir::take(&root).expect("free");
+
+        let refusal = DataDir::take(&root).expect_err("taken").to_string();
+        assert!(refusal.ends_with(&format!("is in use by process {}", std::process::id())), "{refusal}");
+
+        drop(first);
+        DataDir::take(&root).expect("free again");
+    }
+
+    #[test]
+    fn a_data_dir_of_another_version_is_left_alone() {
+        let folder = tempfile::tempdir().expect("a folder");
+        drop(DataDir::take(folder.path()).expect("free"));
+        fs::write(folder.path().join("version"), "99").expect("written");
+        assert!(matches!(DataDir::take(folder.path()), Err(Error::OtherVersion { found, .. }) if found == "99"));
+    }
+
+    #[test]
+    fn somebody_elses_folder_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("thesis.txt"), "years of work").expect("written");
+        assert!(matches!(DataDir::take(folder.path()), Err(Error::NotOurs { .. })));
+    }
+
+    #[test]
+    fn credentials_are_made_once_and_readable_by_their_owner_only() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().expect("a folder");
+        let data_dir = DataDir::take(folder.path()).expect("free");
+        let first = data_dir.chosen().expect("made");
+        let again = data_dir.chosen().expect("read");
+        assert_eq!(first.s3_secret_access_key, again.s3_secret_access_key);
+        assert_eq!(fs::metadata(data_dir.join("chosen.json")).expect("there").permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_deep_data_dir_still_has_a_socket_that_fits() {
+        let deep = PathBuf::from("/").join("x".repeat(200));
+        assert!(socket_path(&deep).as_os_str().len() <= SOCKET_PATH_MAX);
+    }
+}

@@ -1,0 +1,309 @@
+//! From configured addresses to real ones: starts what is `"embedded"`, passes on what is not.
+//!
+//! No room beyond this one knows which of the two it speaks to.
+
+use std::{path::PathBuf, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use url::Url;
+
+use crate::{
+    config::{EMBEDDED, Loaded},
+    embedded::{self, Progress, kafka, postgres, python, s3},
+    fault::{Diagnose, Fault},
+    lake,
+    secret::Secret,
+};
+
+use super::data_dir::{self, Chosen, DataDir};
+
+/// Which parts an invocation needs; embedded ones that nobody needs are not started.
+#[derive(Debug, Clone, Copy)]
+pub struct Needs {
+    pub postgres: bool,
+    pub stream: bool,
+    pub lake: bool,
+    pub dbt: bool,
+}
+
+impl Needs {
+    pub const ALL: Self = Self { postgres: true, stream: true, lake: true, dbt: true };
+    pub const POSTGRES: Self = Self { postgres: true, stream: false, lake: false, dbt: false };
+    pub const LAKE: Self = Self { postgres: false, stream: false, lake: true, dbt: false };
+    pub const RECONCILE: Self = Self { postgres: true, stream: false, lake: true, dbt: false };
+}
+
+/// Where everything is, for rooms. Plain values; what carries a credential does not print.
+#[derive(Debug, Clone)]
+pub struct Addresses {
+    pub source: Secret,
+    pub warehouse: Secret,
+    pub state: Secret,
+    pub kafka: String,
+    pub lake: lake::Access,
+    /// The interpreter of the private environment that dbt runs in.
+    pub python: Option<PathBuf>,
+}
+
+/// What `services --json` prints: one line, for psql, kcat, aws, DuckDB or a notebook. It carries credentials on purpose.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Printed {
+    pub schema: u32,
+    pub source: String,
+    pub warehouse: String,
+    pub state: String,
+    pub kafka: String,
+    pub s3: PrintedS3,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PrintedS3 {
+    pub endpoint: String,
+    pub region: String,
+    pub bucket: String,
+    pub access_key_id: String,
+    pub secret_access_key: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    DataDir(#[from] data_dir::Error),
+    #[error(transparent)]
+    Embedded(#[from] embedded::Error),
+    #[error("{key} is not an address: {why}")]
+    Address { key: &'static str, why: String },
+    #[error("no credentials for the lake at {endpoint}")]
+    NoLakeCredentials { endpoint: String },
+}
+
+impl Diagnose for Error {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::DataDir(error) => error.fault(),
+            Self::Embedded(error) => error.fault(),
+            Self::Address { key, .. } => Fault::Operator(format!("correct {key}: \"embedded\", or an address with a scheme and a host")),
+            Self::NoLakeCredentials { .. } => {
+                Fault::Operator("set LEDGERLINE__LAKE__ACCESS_KEY_ID and LEDGERLINE__LAKE__SECRET_ACCESS_KEY in the environment".to_owned())
+            }
+        }
+    }
+}
+
+/// Names of the databases in the embedded cluster.
+const SOURCE_DATABASE: &str = "bank";
+const WAREHOUSE_DATABASE: &str = "warehouse";
+const STATE_DATABASE: &str = "ledgerline";
+
+impl Printed {
+    /// What a client of the owning pipeline needs; it has no Python of its own.
+    pub fn into_addresses(self) -> Result<Addresses, Error> {
+        let endpoint = match self.s3.endpoint.as_str() {
+            "" => None,
+            endpoint => Some(Url::parse(endpoint).map_err(|error| Error::Address { key: "lake.endpoint", why: error.to_string() })?),
+        };
+        let lake = lake::Access {
+            endpoint,
+            region: self.s3.region,
+            bucket: self.s3.bucket,
+            access_key_id: self.s3.access_key_id,
+            secret_access_key: Secret::new(self.s3.secret_access_key),
+        };
+        Ok(Addresses {
+            source: Secret::new(self.source),
+            warehouse: Secret::new(self.warehouse),
+            state: Secret::new(self.state),
+            kafka: self.kafka,
+            lake,
+            python: None,
+        })
+    }
+}
+
+/// The embedded services of this invocation, and where everything is.
+pub struct Services {
+    pub addresses: Addresses,
+    chosen: Chosen,
+    postgres: Option<postgres::Server>,
+    kafka: Option<Arc<kafka::Broker>>,
+    s3: Option<s3::Server>,
+}
+
+impl Services {
+    /// Nothing started yet: addresses of what is external, none of what is embedded.
+    pub fn new(loaded: &Loaded, data_dir: &DataDir) -> Result<Self, Error> {
+        let chosen = data_dir.chosen()?;
+        let config = &loaded.config;
+        let lake = lake::Access {
+            endpoint: None,
+            region: config.lake.region.clone(),
+            bucket: config.lake.bucket.clone(),
+            access_key_id: chosen.s3_access_key_id.clone(),
+            secret_access_key: Secret::new(chosen.s3_secret_access_key.clone()),
+        };
+        let addresses = Addresses {
+            source: Secret::default(),
+            warehouse: Secret::default(),
+            state: Secret::default(),
+            kafka: config.stream.bootstrap_servers.clone(),
+            lake,
+            python: None,
+        };
+        Ok(Self { addresses, chosen, postgres: None, kafka: None, s3: None })
+    }
+
+    /// Starts what is embedded and needed.
+    ///
+    /// After an error, or when this future is dropped half way, [`Services::stop`] ends what had started.
+    pub async fn start(&mut self, loaded: &Loaded, data_dir: &DataDir, needs: Needs, progress: &Progress) -> Result<(), Error> {
+        self.start_stream_and_lake(loaded, data_dir, needs).await?;
+        data_dir.keep(&self.chosen)?;
+        self.start_python_and_postgres(loaded, data_dir, needs, progress).await
+    }
+
+    async fn start_stream_and_lake(&mut self, loaded: &Loaded, data_dir: &DataDir, needs: Needs) -> Result<(), Error> {
+        let config = &loaded.config;
+        // Broker and store are ready at once; PostgreSQL may first have to be installed.
+        if needs.stream && config.stream.bootstrap_servers == EMBEDDED {
+            let port = if config.embedded.kafka_port != 0 { config.embedded.kafka_port } else { self.chosen.kafka_port };
+            let broker = kafka::Broker::start(kafka::Config { dir: data_dir.join("kafka"), port, ..kafka::Config::default() }).await.map_err(embedded::Error::from)?;
+            self.addresses.kafka = broker.address();
+            self.chosen.kafka_port = port_of(&self.addresses.kafka);
+            self.kafka = Some(Arc::new(broker));
+        }
+        if needs.lake {
+            if config.lake.endpoint == EMBEDDED {
+                let port = if config.embedded.s3_port != 0 { config.embedded.s3_port } else { self.chosen.s3_port };
+                let server = s3::Server::start(s3::Config {
+                    dir: data_dir.join("s3"),
+                    port,
+                    access_key_id: self.chosen.s3_access_key_id.clone(),
+                    secret_access_key: Secret::new(self.chosen.s3_secret_access_key.clone()),
+                    region: config.lake.region.clone(),
+                    buckets: vec![config.lake.bucket.clone()],
+                })
+                .await
+                .map_err(embedded::Error::from)?;
+                self.chosen.s3_port = server.endpoint().port().unwrap_or_default();
+                self.addresses.lake.endpoint = Some(server.endpoint());
+                self.s3 = Some(server);
+            } else {
+                self.addresses.lake = external_lake(loaded)?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn start_python_and_postgres(&mut self, loaded: &Loaded, data_dir: &DataDir, needs: Needs, progress: &Progress) -> Result<(), Error> {
+        let config = &loaded.config;
+        let postgres_embedded = needs.postgres && [&config.source.url, &config.warehouse.url, &config.state.url].into_iter().any(|it| it == EMBEDDED);
+        if postgres_embedded || needs.dbt {
+            let venv = python::Venv::ensure(progress).await.map_err(embedded::Error::from)?;
+            self.addresses.python = Some(venv.python().to_owned());
+            if postgres_embedded {
+                let server = postgres::Server::start(
+                    postgres::Config { bin: venv.postgres_bin().to_owned(), dir: data_dir.join("postgres"), port: config.embedded.postgres_port, ..postgres::Config::default() },
+                    progress,
+                )
+                .await
+                .map_err(embedded::Error::from)?;
+                self.postgres = Some(server);
+            }
+        }
+        if needs.postgres {
+            let secrets = &loaded.secrets;
+            self.addresses.source = self.database("source.url", &config.source.url, secrets.source_password.as_ref(), SOURCE_DATABASE)?;
+            self.addresses.warehouse = self.database("warehouse.url", &config.warehouse.url, secrets.warehouse_password.as_ref(), WAREHOUSE_DATABASE)?;
+            self.addresses.state = self.database("state.url", &config.state.url, secrets.state_password.as_ref(), STATE_DATABASE)?;
+        }
+        Ok(())
+    }
+
+    fn database(&self, key: &'static str, configured: &str, password: Option<&Secret>, name: &str) -> Result<Secret, Error> {
+        if configured == EMBEDDED {
+            let server = self.postgres.as_ref().expect("an embedded database is needed, so its server was started");
+            return Ok(server.url(name));
+        }
+        let refuse = |why: &str| Error::Address { key, why: why.to_owned() };
+        let mut url = Url::parse(configured).map_err(|error| refuse(&error.to_string()))?;
+        if !matches!(url.scheme(), "postgres" | "postgresql") {
+            return Err(refuse(&format!("scheme {} is not postgres", url.scheme())));
+        }
+        if let Some(password) = password {
+            url.set_password(Some(password.reveal())).map_err(|()| refuse("it has no place for a password"))?;
+        }
+        Ok(Secret::new(url))
+    }
+
+    /// The embedded broker, whose retention must not pass what the lake holds.
+    pub fn broker(&self) -> Option<Arc<kafka::Broker>> {
+        self.kafka.clone()
+    }
+
+    /// Health of the embedded services, each under its name; empty where nothing is embedded.
+    pub fn health(&self) -> Vec<(&'static str, watch::Receiver<embedded::Health>)> {
+        let mut health = Vec::new();
+        if let Some(server) = &self.postgres {
+            health.push(("postgres", server.health()));
+        }
+        if let Some(broker) = &self.kafka {
+            health.push(("kafka", broker.health()));
+        }
+        if let Some(server) = &self.s3 {
+            health.push(("s3", server.health()));
+        }
+        health
+    }
+
+    pub fn printed(&self) -> Printed {
+        let lake = &self.addresses.lake;
+        Printed {
+            schema: 1,
+            source: self.addresses.source.reveal().to_owned(),
+            warehouse: self.addresses.warehouse.reveal().to_owned(),
+            state: self.addresses.state.reveal().to_owned(),
+            kafka: self.addresses.kafka.clone(),
+            s3: PrintedS3 {
+                endpoint: lake.endpoint.as_ref().map(ToString::to_string).unwrap_or_default(),
+                region: lake.region.clone(),
+                bucket: lake.bucket.clone(),
+                access_key_id: lake.access_key_id.clone(),
+                secret_access_key: lake.secret_access_key.reveal().to_owned(),
+            },
+        }
+    }
+
+    /// Stops in the order in which data flows, so that each can still write down what it was given.
+    pub async fn stop(&mut self) {
+        if let Some(server) = self.postgres.take() {
+            server.stop().await;
+        }
+        if let Some(broker) = self.kafka.take() {
+            broker.stop().await;
+        }
+        if let Some(server) = self.s3.take() {
+            server.stop().await;
+        }
+    }
+}
+
+fn external_lake(loaded: &Loaded) -> Result<lake::Access, Error> {
+    let config = &loaded.config.lake;
+    let endpoint = Url::parse(&config.endpoint).map_err(|error| Error::Address { key: "lake.endpoint", why: error.to_string() })?;
+    let secrets = &loaded.secrets;
+    let (Some(id), Some(secret)) = (&secrets.lake_access_key_id, &secrets.lake_secret_access_key) else {
+        return Err(Error::NoLakeCredentials { endpoint: endpoint.to_string() });
+    };
+    Ok(lake::Access {
+        endpoint: Some(endpoint),
+        region: config.region.clone(),
+        bucket: config.bucket.clone(),
+        access_key_id: id.reveal().to_owned(),
+        secret_access_key: secret.clone(),
+    })
+}
+
+fn port_of(address: &str) -> u16 {
+    address.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or_default()
+}

@@ -1,0 +1,208 @@
+//! A stage's life: started, watched, started again when its error says so, held when a person must act.
+
+use std::{future::Future, time::Duration};
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::fault::{Backoff, Diagnose, Fault, chain};
+
+use super::command::StageName;
+
+const RESTART_FIRST: Duration = Duration::from_millis(200);
+const RESTART_MAX: Duration = Duration::from_secs(10);
+
+/// How often a stage that waits for a person looks whether the cause is gone.
+const HELD_RETRY: Duration = Duration::from_secs(15);
+
+/// A stage that ran this long before it failed had recovered: its waiting times start from the first again.
+const HEALTHY_AFTER: Duration = Duration::from_secs(30);
+
+/// How a stage is, as the supervisor sees it.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(tag = "health", rename_all = "snake_case")]
+pub enum Health {
+    /// Not part of this invocation.
+    #[default]
+    Off,
+    Working,
+    /// The other side is away; tried again by itself.
+    Waiting { reason: String, since: DateTime<Utc> },
+    /// A person must act; looked at again from time to time all the same.
+    Held { reason: String, remedy: String, since: DateTime<Utc> },
+    /// What it carries is wrong, or an invariant of ours broke; it stays stopped.
+    Failed { reason: String, remedy: Option<String>, since: DateTime<Utc> },
+    /// Done: it was asked to end, or has reached its goal.
+    Ended,
+}
+
+/// What a stage's failures mean for the exit code, decided where the error was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Away,
+    Data,
+    Bug,
+}
+
+impl Health {
+    /// What a headless run must say if this stage stays so; None while it works or waits by itself.
+    pub fn verdict(&self) -> Option<Verdict> {
+        match self {
+            Self::Held { .. } => Some(Verdict::Away),
+            Self::Failed { remedy: Some(_), .. } => Some(Verdict::Data),
+            Self::Failed { remedy: None, .. } => Some(Verdict::Bug),
+            Self::Off | Self::Working | Self::Waiting { .. } | Self::Ended => None,
+        }
+    }
+}
+
+/// Runs a stage until it ends, reporting its health. `again` makes a held or failed stage try at once.
+pub async fn supervise<E, F, Run>(name: StageName, mut start: F, health: watch::Sender<Health>, again: &Notify, stop: CancellationToken)
+where
+    E: Diagnose,
+    F: FnMut() -> Run,
+    Run: Future<Output = Result<(), E>>,
+{
+    let mut backoff = Backoff::new(RESTART_FIRST, RESTART_MAX);
+    let mut since: Option<DateTime<Utc>> = None;
+    loop {
+        if since.is_none() {
+            health.send_replace(Health::Working);
+        }
+        let started = tokio::time::Instant::now();
+        let running = start();
+        tokio::pin!(running);
+        // A stage that failed before counts as recovered once it has run for a while, not when it is merely started.
+        let outcome = tokio::select! {
+            outcome = &mut running => outcome,
+            () = tokio::time::sleep(RESTART_MAX), if since.is_some() => {
+                info!(stage = %name, "works again");
+                since = None;
+                health.send_replace(Health::Working);
+                running.await
+            }
+        };
+        let error = match outcome {
+            Ok(()) => {
+                health.send_replace(Health::Ended);
+                return;
+            }
+            Err(_) if stop.is_cancelled() => {
+                health.send_replace(Health::Ended);
+                return;
+            }
+            Err(error) => error,
+        };
+        if started.elapsed() >= HEALTHY_AFTER {
+            backoff.reset();
+            since = None;
+        }
+        let reason = chain(&error);
+        let first = since.is_none();
+        let since_when = *since.get_or_insert_with(Utc::now);
+        let wait = match error.fault() {
+            Fault::Transient => {
+                if first {
+                    warn!(stage = %name, %reason, "waits for the other side");
+                }
+                health.send_replace(Health::Waiting { reason, since: since_when });
+                Some(backoff.delay())
+            }
+            Fault::Operator(remedy) => {
+                if first {
+                    error!(stage = %name, %reason, %remedy, "needs an operator");
+                }
+                health.send_replace(Health::Held { reason, remedy, since: since_when });
+                Some(HELD_RETRY)
+            }
+            Fault::Data(remedy) => {
+                error!(stage = %name, %reason, %remedy, "stopped: what it carries is wrong");
+                health.send_replace(Health::Failed { reason, remedy: Some(remedy), since: since_when });
+                None
+            }
+            Fault::Bug => {
+                error!(stage = %name, %reason, "stopped: an invariant of ours broke");
+                health.send_replace(Health::Failed { reason, remedy: None, since: since_when });
+                None
+            }
+        };
+        let waited = async {
+            match wait {
+                Some(delay) => tokio::time::sleep(delay).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = waited => {}
+            () = again.notified() => {}
+            () = stop.cancelled() => {
+                health.send_replace(Health::Ended);
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    };
+
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the bank is away")]
+    struct Away(Fault);
+
+    impl Diagnose for Away {
+        fn fault(&self) -> Fault {
+            self.0.clone()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_transient_failure_is_tried_again_until_it_works() {
+        let (health, seen) = watch::channel(Health::Off);
+        let tries = Arc::new(AtomicU32::new(0));
+        let counted = Arc::clone(&tries);
+        let start = move || {
+            let tries = counted.fetch_add(1, Ordering::SeqCst);
+            async move { if tries < 3 { Err(Away(Fault::Transient)) } else { Ok(()) } }
+        };
+
+        supervise(StageName::Bank, start, health, &Notify::new(), CancellationToken::new()).await;
+
+        assert_eq!(tries.load(Ordering::SeqCst), 4);
+        assert_eq!(*seen.borrow(), Health::Ended);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bug_is_not_tried_again_by_itself_but_when_asked() {
+        let (health, mut seen) = watch::channel(Health::Off);
+        let (stop, again) = (CancellationToken::new(), Arc::new(Notify::new()));
+        let tries = Arc::new(AtomicU32::new(0));
+        let (counted, asked, stopped) = (Arc::clone(&tries), Arc::clone(&again), stop.clone());
+        let life = tokio::spawn(async move {
+            let start = move || {
+                counted.fetch_add(1, Ordering::SeqCst);
+                std::future::ready(Err(Away(Fault::Bug)))
+            };
+            supervise(StageName::Bank, start, health, &asked, stopped).await;
+        });
+        seen.wait_for(|it| it.verdict() == Some(Verdict::Bug)).await.expect("alive");
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        assert_eq!(tries.load(Ordering::SeqCst), 1);
+
+        again.notify_one();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        stop.cancel();
+        life.await.expect("ends");
+
+        assert_eq!(tries.load(Ordering::SeqCst), 2);
+    }
+}

@@ -1,0 +1,61 @@
+//! Logs: always to a file in the data dir, and either to the console's log pane or to stderr. stdout carries results only.
+
+use std::{io, path::Path};
+
+use tracing_appender::{non_blocking::WorkerGuard, rolling};
+use tracing_subscriber::{EnvFilter, Layer as _, Registry, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+use crate::cli::LogFormat;
+
+/// Where people read the logs of this invocation; the file is written as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Front {
+    /// The console's log pane.
+    Console,
+    /// stderr, for lines and for single commands.
+    Stderr(LogFormat),
+}
+
+/// How many log files are kept; one a day.
+const FILES_KEPT: usize = 7;
+
+/// Our own words at `info`, libraries only where they warn. `LEDGERLINE_LOG` replaces it, in `tracing`'s filter syntax.
+const DEFAULT_FILTER: &str = "warn,ledgerline=info";
+
+/// Single commands print results; their progress matters only when something is odd.
+const QUIET_FILTER: &str = "error,ledgerline=warn";
+
+/// Starts logging. The guard flushes the file when it is dropped; keep it until the end.
+///
+/// `folder`: None for commands that own no data dir; then only stderr is written.
+pub fn start(front: Front, folder: Option<&Path>) -> io::Result<Option<WorkerGuard>> {
+    let filter = |default: &str| EnvFilter::try_from_env("LEDGERLINE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let (file, guard) = match folder {
+        Some(folder) => {
+            std::fs::create_dir_all(folder)?;
+            let appender = rolling::Builder::new()
+                .rotation(rolling::Rotation::DAILY)
+                .filename_prefix("ledgerline")
+                .filename_suffix("log")
+                .max_log_files(FILES_KEPT)
+                .build(folder)
+                .map_err(io::Error::other)?;
+            let (writer, guard) = tracing_appender::non_blocking(appender);
+            (Some(fmt::layer().with_ansi(false).with_writer(writer).with_filter(filter(DEFAULT_FILTER))), Some(guard))
+        }
+        None => (None, None),
+    };
+    let registry = Registry::default().with(file);
+    let quiet = if folder.is_some() { DEFAULT_FILTER } else { QUIET_FILTER };
+    match front {
+        Front::Console => {
+            // Targets of ours at debug so that the pane can show them when asked; its own filter hides them until then.
+            tui_logger::init_logger(tui_logger::LevelFilter::Debug).map_err(io::Error::other)?;
+            tui_logger::set_default_level(tui_logger::LevelFilter::Info);
+            registry.with(tui_logger::TuiTracingSubscriberLayer.with_filter(filter("warn,ledgerline=debug"))).init();
+        }
+        Front::Stderr(LogFormat::Text) => registry.with(fmt::layer().with_writer(io::stderr).with_ansi(false).with_filter(filter(quiet))).init(),
+        Front::Stderr(LogFormat::Json) => registry.with(fmt::layer().json().with_writer(io::stderr).with_filter(filter(quiet))).init(),
+    }
+    Ok(guard)
+}
