@@ -81,7 +81,8 @@ pub(super) async fn discard(stream: Option<StreamingBlob>) {
 }
 
 async fn take(base: &Arc<Base>, stream: &mut Option<StreamingBlob>, claims: Claims, keep: Keep) -> S3Result<Received> {
-    let mut digests = Digests::new(&claims);
+    // In an Option because they move to whichever thread hashes.
+    let mut digests = Some(Digests::new(&claims));
     let mut waiting = Vec::new();
     let mut waiting_bytes = 0;
     let mut writer: Option<JoinHandle<io::Result<Writer>>> = None;
@@ -172,9 +173,7 @@ struct Digests {
 }
 
 impl Digests {
-    /// In an Option because it moves to whichever thread hashes.
-    #[expect(clippy::new_ret_no_self, reason = "the caller hands it on and must know when it is gone")]
-    fn new(claims: &Claims) -> Option<Self> {
+    fn new(claims: &Claims) -> Self {
         let mut sums = ChecksumHasher::default();
         for algorithm in claims.checksums.keys().chain(&claims.announced) {
             match *algorithm {
@@ -185,7 +184,7 @@ impl Digests {
                 _ => sums.sha256 = Some(s3s::crypto::Sha256::new()),
             }
         }
-        Some(Self { md5: Md5::new(), sums })
+        Self { md5: Md5::new(), sums }
     }
 
     fn update(&mut self, bytes: &[u8]) {
@@ -277,7 +276,7 @@ mod tests {
     fn a_claim_that_differs_is_refused() {
         let claims = |value: &str| Claims { checksums: BTreeMap::from([("crc32", value.to_owned())]), ..Claims::default() };
         let digest = |claims: &Claims| {
-            let mut digests = Digests::new(claims).unwrap();
+            let mut digests = Digests::new(claims);
             digests.update(b"hel");
             digests.update(b"lo");
             digests.verify(claims)
