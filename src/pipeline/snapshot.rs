@@ -161,7 +161,7 @@ impl Sampler {
             pid: std::process::id(),
             stages,
             services: sources.services.iter().map(|(name, health)| ((*name).to_owned(), health.borrow().clone())).collect(),
-            wish: sources.wish.borrow().clone(),
+            wish: *sources.wish.borrow(),
             bank,
             cdc,
             lake,
@@ -191,14 +191,14 @@ impl Sampler {
     }
 
     fn measure_flow(&mut self, now: Instant) {
-        let totals = self.sources.lake.borrow().topic_totals();
+        let totals = totals(&self.sources.lake.borrow());
         let (began, before) = &self.second;
         let elapsed = now.duration_since(*began);
         let second_over = elapsed >= Duration::from_secs(1);
         for (name, total) in &totals {
             let flow = self.flow.entry(name.clone()).or_default();
             flow.total = total.produced;
-            flow.lag = total.produced.saturating_sub(total.landed);
+            flow.lag = total.lag;
             if second_over {
                 // A topic seen for the first time has no second behind it: what lies in it is history, not flow.
                 let came = before.get(name).map_or(0, |it| total.produced.saturating_sub(*it));
@@ -213,6 +213,24 @@ impl Sampler {
             self.second = (now, totals.into_iter().map(|(name, total)| (name, total.produced)).collect());
         }
     }
+}
+
+/// One topic over all its partitions, as the broker and the lake last saw it.
+#[derive(Debug, Clone, Copy, Default)]
+struct Total {
+    produced: u64,
+    lag: u64,
+}
+
+fn totals(lake: &lake::Stats) -> BTreeMap<String, Total> {
+    let mut totals: BTreeMap<String, Total> = BTreeMap::new();
+    for lane in &lake.lanes {
+        let total = totals.entry(lane.table.clone()).or_default();
+        let end = lane.end_offset.max(lane.landed_offset).unwrap_or_default();
+        total.produced += u64::try_from(end).unwrap_or_default();
+        total.lag += lane.lag().unwrap_or_default();
+    }
+    totals
 }
 
 fn seen<T>(receiver: &mut watch::Receiver<T>) -> bool {
