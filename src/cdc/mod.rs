@@ -1,1 +1,102 @@
-//! To be built.
+//! PostgreSQL's WAL → Kafka, in Debezium's words.
+//!
+//! Every committed change of the captured tables becomes one message on the topic of its table, and every commit a BEGIN
+//! and an END on the transaction topic. First the tables are read as they are (`op r`), under the snapshot that the
+//! replication slot exported when it was made, so that reading and streaming meet without a gap or an overlap.
+//!
+//! **Who owns what.** The stage owns the replication connection, the producer and the table descriptions. The read position
+//! is the slot's; it moves only to ends of commits of which the broker has acknowledged every message. Each position is
+//! first written to the heartbeat topic (as a header of Debezium's heartbeat) and only then told to the slot: so a slot that
+//! somebody else moved is recognised. How far the snapshot came is a row of `ledgerline.cdc_snapshot` in the state database.
+//!
+//! **After a crash** it starts again at the slot's position: whole transactions are repeated, with the same bytes but for the
+//! top-level times; none is left out. A snapshot that was cut short is taken anew. A slot that is lost, missing or was
+//! moved stops the stage loudly: the changes are gone, and only a person can decide to read everything again.
+
+mod boundaries;
+mod catalog;
+mod copy_text;
+mod envelope;
+mod error;
+mod health;
+mod heartbeat;
+mod json;
+mod ledger;
+mod moments;
+mod native;
+mod pgoutput;
+mod progress;
+mod slot;
+mod snapshot;
+mod source;
+mod stats;
+mod streaming;
+mod values;
+
+use serde::{Deserialize, Serialize};
+
+pub use self::{
+    error::{Error, Poison},
+    native::run,
+    progress::{LaneEnd, SnapshotEnds, snapshot_ends},
+    source::wal_position,
+    stats::{Latency, SlotHealth, SnapshotProgress, Stats, Step, TableStats},
+};
+use crate::units::Span;
+
+/// Settings of the capture, `[cdc]` in `config.toml`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// What reads the WAL: our own engine.
+    pub engine: Engine,
+    /// The first part of every topic's name, and Debezium's logical name of this source.
+    pub topic_prefix: String,
+    /// Tables to capture as `schema.table`; `*` stands for any text, so `public.*` is a whole schema.
+    pub tables: Vec<String>,
+    /// Tables to leave out of these, same patterns.
+    pub tables_exclude: Vec<String>,
+    /// The replication slot: the source keeps WAL for it, so a slot nobody reads fills its disk.
+    pub slot: String,
+    /// The publication; made if missing, and extended when a table is added.
+    pub publication: String,
+    /// Whether the rows that exist before the first start are read.
+    pub snapshot: SnapshotMode,
+    /// How often a heartbeat is sent at least, so that consumers see the capture is alive though the tables are quiet.
+    pub heartbeat: Span,
+    /// BEGIN and END of every commit on the transaction topic; the warehouse needs them to show whole payments only.
+    pub transaction_metadata: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    #[default]
+    Native,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SnapshotMode {
+    /// All rows, once, before the first change.
+    #[default]
+    Initial,
+    /// Changes from the first start on.
+    Never,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            engine: Engine::Native,
+            topic_prefix: "bank".to_owned(),
+            tables: crate::change::BANK_TABLES.iter().map(|table| format!("public.{table}")).collect(),
+            tables_exclude: Vec::new(),
+            slot: "ledgerline".to_owned(),
+            publication: "ledgerline".to_owned(),
+            snapshot: SnapshotMode::Initial,
+            heartbeat: Span::from_secs(10),
+            transaction_metadata: true,
+        }
+    }
+}

@@ -1,1 +1,300 @@
-//! To be built.
+//! Keyed, ordered sending. Idempotent, acknowledged by all replicas, lz4; never blocks, and tells when the broker has it.
+//!
+//! Order holds per lane. A message waits for the broker as long as it takes (minutes of absence are ordinary); the queue is
+//! bounded, and a full one is told to the sender, who waits. What can never be delivered fails the whole producer: its
+//! owner makes a new one and starts again from what was acknowledged.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use rdkafka::{
+    ClientConfig, ClientContext, Message,
+    error::{KafkaError, RDKafkaErrorCode},
+    message::{DeliveryResult, OwnedHeaders},
+    producer::{BaseRecord, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer},
+};
+use tokio::sync::Notify;
+
+use crate::fault::{Diagnose, Fault};
+
+/// Bytes that may wait for the broker. With the message overhead it stays well below 64 MiB of memory.
+const QUEUE_KIB: usize = 32 * 1024;
+/// Messages that may wait for the broker; librdkafka keeps about 300 bytes for each beside its payload.
+const QUEUE_MESSAGES: usize = 50_000;
+/// The largest message we send: a row before and after, as JSON. What is larger needs a person.
+pub const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// How long a full queue is waited for before looking again, should its wake-up be missed.
+const FULL_QUEUE_WAIT: Duration = Duration::from_millis(50);
+
+/// One message to send. Borrowed: the queue takes a copy.
+#[derive(Debug, Clone, Copy)]
+pub struct Outgoing<'a> {
+    pub topic: &'a str,
+    /// None: chosen by the key's hash as Java's default partitioner does.
+    pub partition: Option<i32>,
+    pub key: Option<&'a [u8]>,
+    /// None is a tombstone.
+    pub value: Option<&'a [u8]>,
+    pub headers: &'a [(&'static str, &'a [u8])],
+}
+
+/// Counts the messages of one batch (a transaction, say) down to the last acknowledgement.
+#[derive(Debug)]
+pub struct Receipt {
+    /// Messages not yet acknowledged, and one while the batch is open.
+    missing: AtomicUsize,
+    /// Zero until nothing is missing.
+    acked_at_us: AtomicI64,
+}
+
+impl Receipt {
+    /// Of an open batch. Shared from the start: the queue holds it until its last message is acknowledged.
+    pub fn open() -> Arc<Self> {
+        Arc::new(Self { missing: AtomicUsize::new(1), acked_at_us: AtomicI64::new(0) })
+    }
+
+    /// When the last message was acknowledged, in microseconds since 1970; None while some are missing or the batch is open.
+    pub fn acked_at_us(&self) -> Option<i64> {
+        Some(self.acked_at_us.load(Ordering::Acquire)).filter(|it| *it != 0)
+    }
+
+    fn add(&self) {
+        self.missing.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// True when nothing is missing any more.
+    fn settle_one(&self) -> bool {
+        let last = self.missing.fetch_sub(1, Ordering::AcqRel) == 1;
+        if last {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            self.acked_at_us.store(i64::try_from(now.as_micros()).unwrap_or(i64::MAX), Ordering::Release);
+        }
+        last
+    }
+}
+
+/// Why the stream did not take something.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("could not set up a producer for the stream")]
+    Setup(#[source] KafkaError),
+    #[error("could not send to topic {topic}")]
+    Refused {
+        topic: String,
+        #[source]
+        source: KafkaError,
+    },
+    #[error("the producer broke: {0}")]
+    Broken(String),
+}
+
+impl Diagnose for Error {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Setup(_) => Fault::Operator("correct stream.bootstrap_servers".to_owned()),
+            Self::Broken(_) => Fault::Transient,
+            Self::Refused { topic, source } => match source.rdkafka_error_code() {
+                Some(RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::InvalidMessageSize) => {
+                    Fault::Operator(format!("a row is larger than topic {topic} takes: raise max.message.bytes of the topic (and of the broker)"))
+                }
+                Some(RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed) => {
+                    Fault::Operator(format!("allow this client to write topic {topic} (and idempotent writes)"))
+                }
+                _ => Fault::Transient,
+            },
+        }
+    }
+}
+
+/// What the delivery thread tells the owner.
+#[derive(Debug, Default)]
+struct Shared {
+    /// Rings whenever a receipt is complete, a queue may have room again, or the producer broke.
+    bell: Notify,
+    failure: Mutex<Option<Error>>,
+    failed: AtomicBool,
+    acked: AtomicU64,
+    /// Whether the broker could not be reached when we last heard of it.
+    away: AtomicBool,
+}
+
+impl Shared {
+    fn fail(&self, error: Error) {
+        let mut failure = self.failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // The first failure is the cause, what follows are its consequences.
+        failure.get_or_insert(error);
+        self.failed.store(true, Ordering::Release);
+        self.bell.notify_one();
+    }
+}
+
+struct Deliveries(Arc<Shared>);
+
+impl ClientContext for Deliveries {
+    fn error(&self, error: KafkaError, reason: &str) {
+        if let Some(RDKafkaErrorCode::Fatal) = error.rdkafka_error_code() {
+            self.0.fail(Error::Broken(reason.to_owned()));
+        } else if let Some(RDKafkaErrorCode::AllBrokersDown) = error.rdkafka_error_code()
+            && !self.0.away.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!(reason, "the broker is away, messages wait");
+        }
+    }
+}
+
+impl ProducerContext for Deliveries {
+    type DeliveryOpaque = Arc<Receipt>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, receipt: Arc<Receipt>) {
+        match result {
+            Ok(_) => {
+                self.0.acked.fetch_add(1, Ordering::Relaxed);
+                if self.0.away.load(Ordering::Relaxed) && self.0.away.swap(false, Ordering::Relaxed) {
+                    tracing::info!("the broker is back");
+                }
+                if receipt.settle_one() {
+                    self.0.bell.notify_one();
+                }
+            }
+            Err((source, message)) => self.0.fail(Error::Refused { topic: message.topic().to_owned(), source: source.clone() }),
+        }
+    }
+}
+
+/// The queue to the broker, with one owner.
+pub struct Producer {
+    inner: ThreadedProducer<Deliveries>,
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Producer {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Producer").field("shared", &self.shared).finish_non_exhaustive()
+    }
+}
+
+impl Producer {
+    /// Sets the producer up; connects in the background.
+    pub fn new(bootstrap_servers: &str) -> Result<Self, Error> {
+        let shared = Arc::new(Shared::default());
+        let inner = settings(bootstrap_servers).create_with_context(Deliveries(Arc::clone(&shared))).map_err(Error::Setup)?;
+        Ok(Self { inner, shared })
+    }
+
+    /// Puts a message into the queue, as part of an open batch. False: the queue is full, try again after [`Self::rung`].
+    pub fn try_send(&self, outgoing: Outgoing<'_>, receipt: &Arc<Receipt>) -> Result<bool, Error> {
+        let mut record = BaseRecord::<[u8], [u8], _>::with_opaque_to(outgoing.topic, Arc::clone(receipt));
+        record.partition = outgoing.partition;
+        record.key = outgoing.key;
+        record.payload = outgoing.value;
+        if !outgoing.headers.is_empty() {
+            let headers = OwnedHeaders::new_with_capacity(outgoing.headers.len());
+            let headers = outgoing.headers.iter().fold(headers, |headers, (key, value)| headers.insert(rdkafka::message::Header { key, value: Some(*value) }));
+            record.headers = Some(headers);
+        }
+        receipt.add();
+        match self.inner.send(record) {
+            Ok(()) => Ok(true),
+            Err((error, _)) => {
+                receipt.settle_one();
+                match error.rdkafka_error_code() {
+                    Some(RDKafkaErrorCode::QueueFull) => Ok(false),
+                    Some(RDKafkaErrorCode::Fatal) => Err(Error::Broken(self.inner.client().fatal_error().map(|it| it.1).unwrap_or_default())),
+                    _ => Err(Error::Refused { topic: outgoing.topic.to_owned(), source: error }),
+                }
+            }
+        }
+    }
+
+    /// Puts a message into the queue, waiting while it is full. Cancelled while it waits, nothing was sent.
+    pub async fn send(&self, outgoing: Outgoing<'_>, receipt: &Arc<Receipt>) -> Result<(), Error> {
+        while !self.try_send(outgoing, receipt)? {
+            self.check()?;
+            // An acknowledgement may ring before we listen; the timeout covers that.
+            let _ = tokio::time::timeout(FULL_QUEUE_WAIT, self.rung()).await;
+        }
+        Ok(())
+    }
+
+    /// Ends a batch: from now on its receipt can become complete.
+    pub fn seal(&self, receipt: &Receipt) {
+        if receipt.settle_one() {
+            self.shared.bell.notify_one();
+        }
+    }
+
+    /// Something happened: a receipt became complete, or the producer broke. Cancel-safe; for one listener.
+    pub async fn rung(&self) {
+        self.shared.bell.notified().await;
+    }
+
+    /// The failure that ended this producer, once.
+    pub fn check(&self) -> Result<(), Error> {
+        if !self.shared.failed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let failure = self.shared.failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        Err(failure.unwrap_or_else(|| Error::Broken("a message failed before".to_owned())))
+    }
+
+    /// Waits until the receipt is complete. Cancel-safe.
+    pub async fn acked(&self, receipt: &Receipt) -> Result<(), Error> {
+        while receipt.acked_at_us().is_none() {
+            self.check()?;
+            let _ = tokio::time::timeout(FULL_QUEUE_WAIT, self.rung()).await;
+        }
+        Ok(())
+    }
+
+    /// Messages acknowledged since the start.
+    pub fn n_acked(&self) -> u64 {
+        self.shared.acked.load(Ordering::Relaxed)
+    }
+
+    /// Messages that wait for the broker.
+    pub fn n_waiting(&self) -> u64 {
+        u64::try_from(self.inner.in_flight_count()).unwrap_or(0)
+    }
+
+    /// Whether the broker could not be reached when we last heard of it.
+    pub fn is_broker_away(&self) -> bool {
+        self.shared.away.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Producer {
+    fn drop(&mut self) {
+        // What still waits was never acknowledged and will be sent again; its receipts are of no interest any more.
+        self.inner.purge(PurgeConfig::default().queue().inflight());
+    }
+}
+
+fn settings(bootstrap_servers: &str) -> ClientConfig {
+    let mut settings = ClientConfig::new();
+    settings
+        .set("bootstrap.servers", bootstrap_servers)
+        .set("client.id", "ledgerline-cdc")
+        .set("enable.idempotence", "true")
+        .set("acks", "all")
+        // A message waits for the broker for ever; giving up would be a hole.
+        .set("message.timeout.ms", "0")
+        .set("compression.type", "lz4")
+        .set("linger.ms", "5")
+        .set("batch.num.messages", "10000")
+        // The same partition as Java's default partitioner chooses, so Debezium can take over and keys keep their order.
+        .set("partitioner", "murmur2_random")
+        .set("queue.buffering.max.kbytes", QUEUE_KIB.to_string())
+        .set("queue.buffering.max.messages", QUEUE_MESSAGES.to_string())
+        .set("message.max.bytes", MESSAGE_BYTES_MAX.to_string())
+        .set("reconnect.backoff.ms", "50")
+        .set("reconnect.backoff.max.ms", "1000")
+        .set("retry.backoff.max.ms", "1000")
+        .set("socket.keepalive.enable", "true");
+    settings
+}

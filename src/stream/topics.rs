@@ -1,1 +1,213 @@
-//! To be built.
+//! Topics: made if missing, and how far they reach. Calls of librdkafka that wait are made on threads that may.
+
+use std::{collections::BTreeSet, num::NonZeroU32, sync::Arc, time::Duration};
+
+use rdkafka::{
+    ClientConfig, Message, Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer},
+    error::{KafkaError, RDKafkaErrorCode},
+    message::{Header, Headers},
+};
+
+use super::{Lane, producer::MESSAGE_BYTES_MAX};
+use crate::fault::{Diagnose, Fault};
+
+/// How long the broker may take for one answer.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// A topic somebody needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    pub topic: String,
+    pub partitions: NonZeroU32,
+}
+
+/// The offsets a lane spans: `first` is the oldest record's, `end` the next record's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Watermarks {
+    pub first: i64,
+    pub end: i64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("could not ask the broker at {bootstrap_servers} about its topics")]
+    Ask {
+        bootstrap_servers: String,
+        #[source]
+        source: KafkaError,
+    },
+    #[error("could not create topic {topic}: {code}")]
+    Create { topic: String, code: RDKafkaErrorCode },
+    #[error("topic {topic} has {found} partitions, and its order needs exactly one")]
+    Partitions { topic: String, found: usize },
+    #[error("a task asking the broker ended early")]
+    Task(#[source] tokio::task::JoinError),
+}
+
+impl Diagnose for Error {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Ask { .. } => Fault::Transient,
+            Self::Create { topic, code } => match code {
+                RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed | RDKafkaErrorCode::PolicyViolation => {
+                    Fault::Operator(format!("create topic {topic} by hand, or allow this client to create topics"))
+                }
+                RDKafkaErrorCode::InvalidTopic => Fault::Operator(format!("{topic} is not a name a topic can have: change cdc.topic_prefix")),
+                RDKafkaErrorCode::InvalidReplicationFactor => Fault::Operator("start the brokers that default.replication.factor asks for".to_owned()),
+                _ => Fault::Transient,
+            },
+            Self::Partitions { topic, .. } => Fault::Operator(format!("delete topic {topic}, or choose another cdc.topic_prefix")),
+            Self::Task(_) => Fault::Bug,
+        }
+    }
+}
+
+/// A client that asks the broker about topics. Cheap to clone.
+#[derive(Clone)]
+pub struct Topics {
+    bootstrap_servers: Arc<str>,
+    consumer: Arc<BaseConsumer>,
+}
+
+impl Topics {
+    pub fn connect(bootstrap_servers: &str) -> Result<Self, Error> {
+        let consumer = settings(bootstrap_servers).create().map_err(|source| Error::Ask { bootstrap_servers: bootstrap_servers.to_owned(), source })?;
+        Ok(Self { bootstrap_servers: bootstrap_servers.into(), consumer: Arc::new(consumer) })
+    }
+
+    /// Creates the missing ones; those that exist stay as they are.
+    pub async fn ensure(&self, wanted: Vec<Wanted>) -> Result<(), Error> {
+        let existing = self.partitions().await?;
+        let missing: Vec<&Wanted> = wanted.iter().filter(|it| !existing.iter().any(|(topic, _)| *topic == it.topic)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let admin: AdminClient<DefaultClientContext> = settings(&self.bootstrap_servers).create().map_err(|source| self.failed(source))?;
+        let message_bytes_max = MESSAGE_BYTES_MAX.to_string();
+        let new_topics: Vec<NewTopic<'_>> = missing
+            .iter()
+            // Minus one: as many replicas as the broker finds right.
+            .map(|it| NewTopic::new(&it.topic, i32::try_from(it.partitions.get()).unwrap_or(i32::MAX), TopicReplication::Fixed(-1)))
+            .map(|it| it.set("max.message.bytes", &message_bytes_max))
+            .collect();
+        let options = AdminOptions::new().operation_timeout(Some(ANSWER_MAX)).request_timeout(Some(ANSWER_MAX));
+        for result in admin.create_topics(&new_topics, &options).await.map_err(|source| self.failed(source))? {
+            match result {
+                Ok(topic) => tracing::info!(topic, "topic created"),
+                Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+                Err((topic, code)) => return Err(Error::Create { topic, code }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a topic whose order would be lost over several partitions.
+    pub async fn require_single(&self, topic: &str) -> Result<(), Error> {
+        let partitions = self.partitions().await?;
+        match partitions.into_iter().find(|(name, _)| name == topic) {
+            Some((topic, found)) if found != 1 => Err(Error::Partitions { topic, found }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Every topic with its number of partitions.
+    pub async fn partitions(&self) -> Result<Vec<(String, usize)>, Error> {
+        self.ask(|consumer| {
+            let metadata = consumer.fetch_metadata(None, ANSWER_MAX)?;
+            Ok(metadata.topics().iter().map(|it| (it.name().to_owned(), it.partitions().len())).collect())
+        })
+        .await
+    }
+
+    /// How far each lane of the given topics reaches, topics and partitions ascending.
+    pub async fn watermarks(&self, topics: BTreeSet<String>) -> Result<Vec<(Lane, Watermarks)>, Error> {
+        self.ask(move |consumer| {
+            let metadata = consumer.fetch_metadata(None, ANSWER_MAX)?;
+            let mut lanes = Vec::new();
+            for topic in metadata.topics().iter().filter(|it| topics.contains(it.name())) {
+                let name: Arc<str> = topic.name().into();
+                for partition in topic.partitions() {
+                    let (first, end) = consumer.fetch_watermarks(topic.name(), partition.id(), ANSWER_MAX)?;
+                    lanes.push((Lane { topic: Arc::clone(&name), partition: partition.id() }, Watermarks { first, end }));
+                }
+            }
+            lanes.sort_by(|(one, _), (other, _)| one.cmp(other));
+            Ok(lanes)
+        })
+        .await
+    }
+
+    /// The given header of the last records of a lane, at most `count` of them, oldest first.
+    pub async fn last_headers(&self, topic: &str, partition: i32, header: &'static str, count: i64) -> Result<Vec<Vec<u8>>, Error> {
+        let topic = topic.to_owned();
+        let bootstrap_servers = Arc::clone(&self.bootstrap_servers);
+        self.ask(move |asking| {
+            let (first, end) = match asking.fetch_watermarks(&topic, partition, ANSWER_MAX) {
+                Err(error) if matches!(error.rdkafka_error_code(), Some(RDKafkaErrorCode::UnknownPartition | RDKafkaErrorCode::UnknownTopicOrPartition)) => {
+                    (0, 0)
+                }
+                watermarks => watermarks?,
+            };
+            let start = first.max(end - count);
+            let mut found = Vec::new();
+            if start >= end {
+                return Ok(found);
+            }
+            // A reader of its own: assigning is state, and the asking client is shared.
+            let reader: BaseConsumer = settings(&bootstrap_servers).create()?;
+            let mut assignment = TopicPartitionList::new();
+            assignment.add_partition_offset(&topic, partition, Offset::Offset(start))?;
+            reader.assign(&assignment)?;
+            loop {
+                let Some(message) = reader.poll(ANSWER_MAX) else {
+                    return Err(KafkaError::MessageConsumption(RDKafkaErrorCode::OperationTimedOut));
+                };
+                match message {
+                    Ok(message) => {
+                        let headers = message.headers().into_iter().flat_map(|it| it.iter());
+                        found.extend(headers.filter(|it| it.key == header).filter_map(|Header { value, .. }| value.map(<[u8]>::to_vec)));
+                        if message.offset() + 1 >= end {
+                            return Ok(found);
+                        }
+                    }
+                    // The end of the lane: the last offsets were not records (transaction markers).
+                    Err(KafkaError::PartitionEOF(_)) => return Ok(found),
+                    Err(KafkaError::MessageConsumption(RDKafkaErrorCode::BrokerTransportFailure)) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        })
+        .await
+    }
+
+    async fn ask<T: Send + 'static>(&self, question: impl FnOnce(&BaseConsumer) -> Result<T, KafkaError> + Send + 'static) -> Result<T, Error> {
+        let consumer = Arc::clone(&self.consumer);
+        let answer = tokio::task::spawn_blocking(move || question(&consumer)).await.map_err(Error::Task)?;
+        answer.map_err(|source| self.failed(source))
+    }
+
+    fn failed(&self, source: KafkaError) -> Error {
+        Error::Ask { bootstrap_servers: self.bootstrap_servers.to_string(), source }
+    }
+}
+
+fn settings(bootstrap_servers: &str) -> ClientConfig {
+    let mut settings = ClientConfig::new();
+    settings
+        .set("bootstrap.servers", bootstrap_servers)
+        .set("client.id", "ledgerline-topics")
+        // Never joined: librdkafka asks for a group before it lets anyone assign.
+        .set("group.id", "ledgerline-topics")
+        .set("enable.auto.commit", "false")
+        .set("enable.partition.eof", "true")
+        .set("allow.auto.create.topics", "false")
+        .set("auto.offset.reset", "earliest")
+        .set("isolation.level", "read_uncommitted")
+        .set("reconnect.backoff.max.ms", "1000")
+        // A handful of small records are read, nothing is kept.
+        .set("queued.max.messages.kbytes", "4096");
+    settings
+}

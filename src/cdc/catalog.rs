@@ -1,0 +1,245 @@
+//! What the source's catalog says: which tables to capture, the publication that holds them, and the shape of each.
+
+use std::collections::{BTreeSet, HashMap};
+
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
+
+use super::{
+    Config,
+    envelope::{ColumnSpec, Table},
+    error::Error,
+    pgoutput::Relation,
+    source::quoted,
+    values::{self, Kind, Scalar},
+};
+use crate::change::{TableId, Topics};
+
+/// Domains over domains are followed this far.
+const TYPE_DEPTH_MAX: usize = 8;
+
+/// Refuses a server that cannot do what we need.
+pub(super) async fn check_server(connection: &mut PgConnection) -> Result<(), Error> {
+    let sql = |source| Error::Sql { what: "ask the source for its version", source };
+    let (version, wal_level): (String, String) =
+        sqlx::query_as("select current_setting('server_version_num'), current_setting('wal_level')").fetch_one(connection).await.map_err(sql)?;
+    let version: i32 = version.parse().unwrap_or_default();
+    if version < 150_000 {
+        return Err(Error::OldServer { found: version / 10_000 });
+    }
+    if wal_level != "logical" {
+        return Err(Error::WalLevel { found: wal_level });
+    }
+    Ok(())
+}
+
+/// The tables that `cdc.tables` names, by schema and name in byte order, as Debezium snapshots them.
+pub(super) async fn wanted_tables(connection: &mut PgConnection, config: &Config) -> Result<BTreeSet<TableId>, Error> {
+    // Partitions are captured one by one, their root holds no rows of its own. Our own state is never captured.
+    const TABLES: &str = "select n.nspname, c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace
+        where c.relkind = 'r' and c.relpersistence = 'p' and n.nspname not in ('pg_catalog', 'information_schema', 'ledgerline')";
+    let sql = |source| Error::Sql { what: "list the source's tables", source };
+    let all: Vec<(String, String)> = sqlx::query_as(TABLES).fetch_all(connection).await.map_err(sql)?;
+    let all: BTreeSet<TableId> = all.into_iter().map(|(schema, table)| TableId { schema, table }).collect();
+    choose(&all, &config.tables, &config.tables_exclude)
+}
+
+fn choose(all: &BTreeSet<TableId>, tables: &[String], exclude: &[String]) -> Result<BTreeSet<TableId>, Error> {
+    if let Some(missing) = tables.iter().find(|it| !it.contains('*') && !all.iter().any(|table| table.to_string() == **it)) {
+        return Err(Error::NoSuchTable { table: missing.clone() });
+    }
+    let named = |patterns: &[String], name: &str| patterns.iter().any(|pattern| matches(pattern, name));
+    let chosen: BTreeSet<TableId> = all.iter().filter(|it| named(tables, &it.to_string()) && !named(exclude, &it.to_string())).cloned().collect();
+    if chosen.is_empty() { Err(Error::NoTables) } else { Ok(chosen) }
+}
+
+/// Whether `*` in the pattern, standing for any text, makes it the name.
+pub(super) fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((start, rest)) => {
+            name.strip_prefix(start).is_some_and(|tail| tail.char_indices().map(|(at, _)| at).chain([tail.len()]).any(|at| matches(rest, &tail[at..])))
+        }
+    }
+}
+
+/// What the publication holds; None if there is none.
+pub(super) async fn published(connection: &mut PgConnection, publication: &str) -> Result<Option<BTreeSet<TableId>>, Error> {
+    let sql = |source| Error::Sql { what: "read the publication", source };
+    let found = sqlx::query("select pubinsert and pubupdate and pubdelete and not pubviaroot from pg_publication where pubname = $1")
+        .bind(publication)
+        .fetch_optional(&mut *connection)
+        .await
+        .map_err(sql)?;
+    let Some(found) = found else { return Ok(None) };
+    if !found.try_get::<bool, _>(0).map_err(sql)? {
+        return Err(Error::PublicationPartial { publication: publication.to_owned() });
+    }
+    let tables: Vec<(String, String)> = sqlx::query_as("select schemaname::text, tablename::text from pg_publication_tables where pubname = $1")
+        .bind(publication)
+        .fetch_all(connection)
+        .await
+        .map_err(sql)?;
+    Ok(Some(tables.into_iter().map(|(schema, table)| TableId { schema, table }).collect()))
+}
+
+pub(super) async fn create_publication(connection: &mut PgConnection, publication: &str, tables: &BTreeSet<TableId>) -> Result<(), Error> {
+    let tables: Vec<String> = tables.iter().map(full_name).collect();
+    let statement = format!("create publication {} for table {}", quoted(publication), tables.join(", "));
+    sqlx::raw_sql(AssertSqlSafe(statement)).execute(connection).await.map_err(|source| Error::Sql { what: "create the publication", source })?;
+    tracing::info!(publication, tables = tables.len(), "publication created");
+    Ok(())
+}
+
+/// Adds a table to the publication. With `only_empty`, a table that already has rows is left alone, and false returned:
+/// under the lock no row can slip in between the look and the change.
+pub(super) async fn publish(connection: &mut PgConnection, publication: &str, table: &TableId, only_empty: bool) -> Result<bool, Error> {
+    let sql = |source| Error::Sql { what: "add a table to the publication", source };
+    let name = full_name(table);
+    let mut transaction = connection.begin().await.map_err(sql)?;
+    sqlx::raw_sql(AssertSqlSafe(format!("lock table only {name} in share row exclusive mode"))).execute(&mut *transaction).await.map_err(sql)?;
+    if only_empty {
+        let has_rows: bool =
+            sqlx::query_scalar(AssertSqlSafe(format!("select exists (select from only {name})"))).fetch_one(&mut *transaction).await.map_err(sql)?;
+        if has_rows {
+            return Ok(false);
+        }
+    }
+    sqlx::raw_sql(AssertSqlSafe(format!("alter publication {} add table only {name}", quoted(publication)))).execute(&mut *transaction).await.map_err(sql)?;
+    transaction.commit().await.map_err(sql)?;
+    tracing::info!(publication, table = %table, "table added to the publication");
+    Ok(true)
+}
+
+pub(super) fn full_name(table: &TableId) -> String {
+    format!("{}.{}", quoted(&table.schema), quoted(&table.table))
+}
+
+/// A column as the catalog has it now.
+#[derive(Debug)]
+struct CatalogColumn {
+    name: String,
+    type_oid: u32,
+    type_modifier: i32,
+    not_null: bool,
+    key_place: Option<i16>,
+}
+
+/// The shape of a table as it is now, all columns: for the snapshot.
+pub(super) async fn describe(connection: &mut PgConnection, id: &TableId, topics: &Topics) -> Result<Table, Error> {
+    let sql = |source| Error::Sql { what: "describe a table", source };
+    let oid: sqlx::postgres::types::Oid = sqlx::query_scalar("select $1::regclass::oid").bind(full_name(id)).fetch_one(&mut *connection).await.map_err(sql)?;
+    let mut specs = Vec::new();
+    for column in columns(connection, oid.0).await? {
+        let kind = kind_of(connection, column.type_oid, column.type_modifier).await?;
+        specs.push(ColumnSpec { name: column.name, kind, not_null: column.not_null, key_place: column.key_place });
+    }
+    Ok(Table::new(id.clone(), topics.table(id), specs))
+}
+
+/// The shape of a table as the stream describes it; the catalog, read anew, adds the primary key.
+///
+/// A table dropped since, or whose key was renamed since, is not in the catalog as the stream has it: then the key is what it
+/// was before, or else the replica identity if that is an index.
+pub(super) async fn describe_relation(
+    connection: &mut PgConnection,
+    relation: &Relation<'_>,
+    before: Option<&KeyNames>,
+    topics: &Topics,
+) -> Result<(Table, KeyNames), Error> {
+    let now = columns(connection, relation.id).await?;
+    let by_name: HashMap<&str, &CatalogColumn> = now.iter().map(|it| (it.name.as_str(), it)).collect();
+    let mut key: KeyNames = now.iter().filter_map(|it| Some((it.name.clone(), it.key_place?))).collect();
+    if now.is_empty() || !key.keys().all(|name| relation.columns.iter().any(|it| it.name == name)) {
+        key = before.cloned().unwrap_or_default();
+        if key.is_empty() && relation.replica_identity != b'f' {
+            key = relation.columns.iter().filter(|it| it.identity).zip(1..).map(|(column, place)| (column.name.to_owned(), place)).collect();
+        }
+    }
+    let mut specs = Vec::with_capacity(relation.columns.len());
+    for column in &relation.columns {
+        let kind = kind_of(connection, column.type_oid, column.type_modifier).await?;
+        let not_null = by_name.get(column.name).is_some_and(|it| it.not_null);
+        specs.push(ColumnSpec { name: column.name.to_owned(), kind, not_null, key_place: key.get(column.name).copied() });
+    }
+    let id = TableId { schema: relation.schema.to_owned(), table: relation.table.to_owned() };
+    let topic = topics.table(&id);
+    Ok((Table::new(id, topic, specs), key))
+}
+
+/// The columns of a primary key and their places in it.
+pub(super) type KeyNames = HashMap<String, i16>;
+
+async fn columns(connection: &mut PgConnection, relation: u32) -> Result<Vec<CatalogColumn>, Error> {
+    const COLUMNS: &str = "select a.attname::text, a.atttypid, a.atttypmod, a.attnotnull, k.place::int2
+        from pg_attribute a
+        left join (select u.attnum, u.place from pg_index i, unnest(i.indkey::int2[]) with ordinality u(attnum, place)
+                   where i.indrelid = $1 and i.indisprimary and u.place <= i.indnkeyatts) k on k.attnum = a.attnum
+        where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped order by a.attnum";
+    let rows: Vec<(String, sqlx::postgres::types::Oid, i32, bool, Option<i16>)> = sqlx::query_as(COLUMNS)
+        .bind(sqlx::postgres::types::Oid(relation))
+        .fetch_all(connection)
+        .await
+        .map_err(|source| Error::Sql { what: "describe a table", source })?;
+    let column = |(name, type_oid, type_modifier, not_null, key_place): (String, sqlx::postgres::types::Oid, i32, bool, Option<i16>)| CatalogColumn {
+        name,
+        type_oid: type_oid.0,
+        type_modifier,
+        not_null,
+        key_place,
+    };
+    Ok(rows.into_iter().map(column).collect())
+}
+
+/// How a type is written; types made by users are followed to what they are made of.
+async fn kind_of(connection: &mut PgConnection, type_oid: u32, type_modifier: i32) -> Result<Kind, Error> {
+    const TYPE: &str =
+        "select typname::text, typtype::text, typbasetype, typtypmod, case when typcategory = 'A' then typelem else 0::oid end from pg_type where oid = $1";
+    let (mut oid, mut modifier, mut in_array) = (type_oid, type_modifier, false);
+    for _ in 0..TYPE_DEPTH_MAX {
+        if let Some(kind) = values::built_in(oid, modifier) {
+            return Ok(match kind {
+                Kind::One(scalar) if in_array => Kind::Array(scalar),
+                kind => kind,
+            });
+        }
+        let found: Option<(String, String, sqlx::postgres::types::Oid, i32, sqlx::postgres::types::Oid)> = sqlx::query_as(TYPE)
+            .bind(sqlx::postgres::types::Oid(oid))
+            .fetch_optional(&mut *connection)
+            .await
+            .map_err(|source| Error::Sql { what: "look up a type", source })?;
+        let scalar = |scalar| if in_array { Kind::Array(scalar) } else { Kind::One(scalar) };
+        match found {
+            Some((_, class, base, base_modifier, _)) if class == "d" => (oid, modifier) = (base.0, base_modifier),
+            Some((.., element)) if element.0 != 0 => (oid, in_array) = (element.0, true),
+            Some((name, ..)) if name == "hstore" => return Ok(scalar(Scalar::Hstore)),
+            // Enums, citext, ltree, composites, and types dropped since: their text.
+            _ => return Ok(scalar(Scalar::Text)),
+        }
+    }
+    Ok(Kind::One(Scalar::Text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(name: &str) -> TableId {
+        let (schema, table) = name.split_once('.').expect("schema.table");
+        TableId { schema: schema.into(), table: table.into() }
+    }
+
+    #[test]
+    fn patterns_name_schemas_prefixes_and_single_tables() {
+        assert!(matches("public.*", "public.customers") && matches("*.audit_*", "x.audit_log") && matches("public.accounts", "public.accounts"));
+        assert!(!matches("public.*", "other.customers") && !matches("public.account", "public.accounts") && !matches("public.*s", "public.data"));
+    }
+
+    #[test]
+    fn tables_are_chosen_by_pattern_and_taken_out_by_pattern() {
+        let all: BTreeSet<TableId> = ["public.customers", "public.Mixed Case", "public.scratch_1", "audit.log"].map(table).into();
+        let chosen = choose(&all, &["public.*".into()], &["public.scratch_*".into()]).expect("some");
+        assert_eq!(chosen.into_iter().map(|it| it.to_string()).collect::<Vec<_>>(), ["public.Mixed Case", "public.customers"]);
+        assert!(matches!(choose(&all, &["public.payments".into()], &[]), Err(Error::NoSuchTable { .. })));
+        assert!(matches!(choose(&all, &["nothing.*".into()], &[]), Err(Error::NoTables)));
+    }
+}

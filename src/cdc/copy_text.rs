@@ -1,0 +1,90 @@
+//! A line of `COPY … TO STDOUT` → the values of a row. Pure; one buffer is reused for all rows.
+
+use super::{
+    error::Poison,
+    pgoutput::{Malformed, Value},
+};
+
+/// The values of one line, unescaped.
+#[derive(Debug, Default)]
+pub(super) struct CopyRow {
+    text: Vec<u8>,
+    /// Where each value lies in `text`; None is NULL.
+    values: Vec<Option<(usize, usize)>>,
+}
+
+impl CopyRow {
+    /// Reads a line, with or without its newline.
+    pub(super) fn read(&mut self, line: &[u8]) -> Result<(), Poison> {
+        self.text.clear();
+        self.values.clear();
+        let line = line.strip_suffix(b"\n").unwrap_or(line);
+        for field in line.split(|byte| *byte == b'\t') {
+            if field == b"\\N" {
+                self.values.push(None);
+                continue;
+            }
+            let start = self.text.len();
+            self.unescape(field)?;
+            self.values.push(Some((start, self.text.len())));
+        }
+        Ok(())
+    }
+
+    pub(super) fn values(&self) -> impl ExactSizeIterator<Item = Result<Value<'_>, Malformed>> {
+        self.values.iter().map(|span| match span {
+            None => Ok(Value::Null),
+            Some((start, end)) => std::str::from_utf8(&self.text[*start..*end]).map(Value::Text).map_err(|_| Malformed::NotUtf8("value")),
+        })
+    }
+
+    fn unescape(&mut self, field: &[u8]) -> Result<(), Poison> {
+        let mut rest = field;
+        while let Some(at) = rest.iter().position(|byte| *byte == b'\\') {
+            self.text.extend_from_slice(&rest[..at]);
+            let escaped = rest.get(at + 1).ok_or(Poison::CopyText)?;
+            self.text.push(match escaped {
+                b'b' => 0x08,
+                b'f' => 0x0C,
+                b'n' => b'\n',
+                b'r' => b'\r',
+                b't' => b'\t',
+                b'v' => 0x0B,
+                b'\\' => b'\\',
+                _ => return Err(Poison::CopyText),
+            });
+            rest = &rest[at + 2..];
+        }
+        self.text.extend_from_slice(rest);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &[u8]) -> Result<Vec<Option<String>>, Poison> {
+        let mut row = CopyRow::default();
+        row.read(line)?;
+        row.values()
+            .map(|value| match value? {
+                Value::Text(text) => Ok(Some(text.to_owned())),
+                _ => Ok(None),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_line_is_split_and_unescaped() {
+        let values = read(b"1\t\\N\t\tb\\\\s tab\\t nl\\n \\b\\f\\r\\v\t\\\\N\n").expect("valid");
+        assert_eq!(values, [Some("1".into()), None, Some(String::new()), Some("b\\s tab\t nl\n \u{8}\u{c}\r\u{b}".into()), Some("\\N".into())]);
+    }
+
+    #[test]
+    fn what_copy_never_writes_is_an_error() {
+        for line in [&b"a\\"[..], b"\\x41", b"\xff"] {
+            assert!(read(line).is_err(), "{line:?}");
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! What can go wrong between the WAL and the stream, and what the operator should do about it.
+
+use pgwire_replication::PgWireError;
+
+use super::{pgoutput, values};
+use crate::{
+    change::Lsn,
+    fault::{Diagnose, Fault},
+    stream::{producer, topics},
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("source.url is not an address of PostgreSQL: {reason}")]
+    Address { reason: &'static str },
+    #[error("could not {what}")]
+    Sql {
+        what: &'static str,
+        #[source]
+        source: sqlx::Error,
+    },
+    #[error("could not {what}")]
+    Replication {
+        what: &'static str,
+        #[source]
+        source: PgWireError,
+    },
+    #[error("the server is PostgreSQL {found}, logical decoding as we need it starts with 15")]
+    OldServer { found: i32 },
+    #[error("wal_level is {found}, not logical")]
+    WalLevel { found: String },
+    #[error("table {table} of cdc.tables does not exist")]
+    NoSuchTable { table: String },
+    #[error("no table matches cdc.tables")]
+    NoTables,
+    #[error("publication {publication} is missing")]
+    PublicationMissing { publication: String },
+    #[error("publication {publication} leaves out inserts, updates or deletes, or renames partitions")]
+    PublicationPartial { publication: String },
+    #[error("table {table} has rows that were never captured, because publication {publication} did not hold it")]
+    Uncaptured { table: String, publication: String },
+    #[error("replication slot {slot} is lost: {reason}")]
+    SlotLost { slot: String, reason: String },
+    #[error("replication slot {slot} is missing, though its snapshot was taken")]
+    SlotMissing { slot: String },
+    #[error("replication slot {slot} exists, but the state database knows nothing of it")]
+    SlotUnknown { slot: String },
+    #[error("replication slot {slot} is not ours: {reason}")]
+    SlotForeign { slot: String, reason: String },
+    #[error("replication slot {slot} stands at {found}, but we never got further than {expected}")]
+    SlotMoved { slot: String, expected: Lsn, found: Lsn },
+    #[error("replication slot {slot} is held by {holder}")]
+    SlotBusy { slot: String, holder: String },
+    #[error("the state database has a progress we cannot read: {reason}")]
+    Progress { reason: &'static str },
+    #[error("the replication stream ended")]
+    Ended,
+    #[error("the stream is not what PostgreSQL's pgoutput sends at {lsn}")]
+    Decode {
+        lsn: Lsn,
+        #[source]
+        source: pgoutput::Malformed,
+    },
+    #[error("a row of the snapshot of {table} cannot be written")]
+    Row {
+        table: String,
+        #[source]
+        source: Poison,
+    },
+    #[error(transparent)]
+    Stream(#[from] producer::Error),
+    #[error(transparent)]
+    Topics(#[from] topics::Error),
+}
+
+/// Why one row cannot become an event. It goes to the dead letters.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Poison {
+    #[error(transparent)]
+    Malformed(#[from] pgoutput::Malformed),
+    #[error("column {column}: {source}")]
+    Value { column: String, source: values::NotA },
+    #[error("a row of {found} values, its table has {expected} columns")]
+    Columns { found: usize, expected: usize },
+    #[error("a row of a table the stream has not described (relation {relation})")]
+    UnknownRelation { relation: u32 },
+    #[error("a row of the snapshot that COPY did not write")]
+    CopyText,
+}
+
+const NEW_SNAPSHOT: &str = "the changes since then are gone, so the tables must be read anew: `ledgerline reset` starts over, or drop the row of \
+                            ledgerline.cdc_snapshot in the state database and start again with a new cdc.topic_prefix";
+
+impl Diagnose for Error {
+    fn fault(&self) -> Fault {
+        let operator = |text: String| Fault::Operator(text);
+        match self {
+            Self::Address { .. } => operator("write source.url as postgres://user@host:port/database".to_owned()),
+            Self::Sql { source, .. } => sql_fault(source),
+            Self::Replication { source, .. } => replication_fault(source),
+            Self::OldServer { .. } => operator("use a server of PostgreSQL 15 or newer".to_owned()),
+            Self::WalLevel { .. } => operator("set wal_level = logical on the source and restart it".to_owned()),
+            Self::NoSuchTable { table } => operator(format!("create {table}, or take it out of cdc.tables")),
+            Self::NoTables => operator("name existing tables in cdc.tables".to_owned()),
+            Self::PublicationMissing { publication } => operator(format!("somebody dropped publication {publication}; {NEW_SNAPSHOT}")),
+            Self::PublicationPartial { publication } => {
+                operator(format!("alter publication {publication} set (publish = 'insert, update, delete, truncate', publish_via_partition_root = false)"))
+            }
+            Self::Uncaptured { table, .. } => operator(format!("name {table} in cdc.tables_exclude, or start over with a new cdc.topic_prefix and slot")),
+            Self::SlotLost { slot, .. } => {
+                operator(format!("drop slot {slot} (select pg_drop_replication_slot('{slot}')) and raise max_slot_wal_keep_size; {NEW_SNAPSHOT}"))
+            }
+            Self::SlotMissing { .. } => operator(format!("somebody dropped the slot; {NEW_SNAPSHOT}")),
+            Self::SlotUnknown { slot } => {
+                operator(format!("name another cdc.slot, or drop this one if nobody needs it: select pg_drop_replication_slot('{slot}')"))
+            }
+            Self::SlotForeign { .. } => operator("name another cdc.slot".to_owned()),
+            Self::SlotMoved { slot, .. } => operator(format!("somebody else consumed slot {slot}; {NEW_SNAPSHOT}")),
+            Self::SlotBusy { .. } => operator("stop the other process, or name another cdc.slot here".to_owned()),
+            Self::Progress { .. } => operator("repair the row in ledgerline.cdc_snapshot of the state database".to_owned()),
+            Self::Row { .. } => operator("exclude the table in cdc.tables_exclude, and report the value as a bug".to_owned()),
+            Self::Ended => Fault::Transient,
+            Self::Decode { .. } => Fault::Bug,
+            Self::Stream(error) => error.fault(),
+            Self::Topics(error) => error.fault(),
+        }
+    }
+}
+
+fn sql_fault(error: &sqlx::Error) -> Fault {
+    match error {
+        sqlx::Error::Database(database) => database.code().map_or(Fault::Bug, |code| state_fault(&code)),
+        sqlx::Error::Configuration(_) => Fault::Operator("correct the address of the database".to_owned()),
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::Protocol(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed => Fault::Transient,
+        _ => Fault::Bug,
+    }
+}
+
+fn replication_fault(error: &PgWireError) -> Fault {
+    match error {
+        PgWireError::Auth(_) => state_fault("28P01"),
+        PgWireError::Tls(_) => Fault::Operator("offer the source without TLS, or on the same host".to_owned()),
+        PgWireError::MessageTooLarge { .. } => Fault::Operator("a row is larger than we carry: leave its table out (cdc.tables_exclude)".to_owned()),
+        PgWireError::Server(text) => match sql_state(text) {
+            // The walsender's words for these two are clearer than their code.
+            Some("53300") => Fault::Operator("raise max_wal_senders (or max_connections) on the source".to_owned()),
+            Some("53400") => Fault::Operator("raise max_replication_slots on the source, or drop a slot nobody needs".to_owned()),
+            Some("42501") => Fault::Operator("give the user of source.url the right: alter role … replication".to_owned()),
+            Some(code) => state_fault(code),
+            None => Fault::Transient,
+        },
+        _ => Fault::Transient,
+    }
+}
+
+/// What a SQLSTATE asks for.
+fn state_fault(code: &str) -> Fault {
+    match code.get(..2) {
+        // Connection failures, the server stopping or starting, deadlocks and serialization: they pass.
+        Some("08" | "57" | "40" | "53" | "58" | "XX") => Fault::Transient,
+        Some("28") => Fault::Operator("correct user and password in the address".to_owned()),
+        Some("3D") => Fault::Operator("create the database, or correct its name in the address".to_owned()),
+        Some("42") if code == "42501" => {
+            Fault::Operator("give the user the rights: select on the tables, create on the database (for the publication), replication".to_owned())
+        }
+        Some("55") if code == "55006" => Fault::Transient,
+        Some("55") => Fault::Operator(format!("the slot cannot be read any more; {NEW_SNAPSHOT}")),
+        _ => Fault::Bug,
+    }
+}
+
+/// The five characters in `… (SQLSTATE 55006)`.
+pub(super) fn sql_state(text: &str) -> Option<&str> {
+    let at = text.find("SQLSTATE ")? + "SQLSTATE ".len();
+    text.get(at..at + 5)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn server(text: &str) -> Fault {
+        Error::Replication { what: "start", source: PgWireError::Server(text.to_owned()) }.fault()
+    }
+
+    #[test]
+    fn every_refusal_of_the_walsender_names_its_remedy() {
+        for (text, remedy) in [
+            ("all replication slots are in use (SQLSTATE 53400)", "max_replication_slots"),
+            ("number of requested standby connections exceeds max_wal_senders (SQLSTATE 53300)", "max_wal_senders"),
+            ("permission denied to start WAL sender (SQLSTATE 42501)", "replication"),
+            ("can no longer access replication slot (SQLSTATE 55000)", "read anew"),
+        ] {
+            assert!(matches!(server(text), Fault::Operator(told) if told.contains(remedy)), "{text}");
+        }
+        assert_eq!(server("terminating connection due to administrator command (SQLSTATE 57P01)"), Fault::Transient);
+    }
+}

@@ -1,0 +1,48 @@
+//! What was sent and is not yet acknowledged, in the order of the WAL. Pure but for the receipts, which the delivery
+//! thread counts down.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use crate::{change::Lsn, stream::producer::Receipt};
+
+/// Batches in flight at most. Should one lane stand still while others move, this bounds what has to be remembered.
+const PENDING_MAX: usize = 65_536;
+
+/// What an acknowledged batch means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Meaning {
+    /// A whole transaction is with the broker.
+    Commit { committed_at_us: i64 },
+    /// The position is written down: now the slot may be told.
+    Position(Lsn),
+    /// A message outside of transactions.
+    Other,
+}
+
+/// Batches in the order they were sent; they leave in the same order.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    pending: VecDeque<(Arc<Receipt>, Meaning)>,
+}
+
+impl Ledger {
+    pub(super) fn push(&mut self, receipt: Arc<Receipt>, meaning: Meaning) {
+        self.pending.push_back((receipt, meaning));
+    }
+
+    /// The oldest batch, if every message of it is acknowledged: when the last one was (µs since 1970), and what it means.
+    pub(super) fn pop_acked(&mut self) -> Option<(i64, Meaning)> {
+        let (receipt, meaning) = self.pending.front()?;
+        let acked = (receipt.acked_at_us()?, *meaning);
+        self.pending.pop_front();
+        Some(acked)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.pending.len() >= PENDING_MAX
+    }
+}

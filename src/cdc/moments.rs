@@ -1,0 +1,277 @@
+//! PostgreSQL's text of dates, times and intervals → numbers and ISO strings. Pure.
+
+use std::io::Write as _;
+
+use super::values::NotA;
+
+const MICROS: i64 = 1_000_000;
+const DAY_MICROS: i64 = 86_400 * MICROS;
+/// What PostgreSQL's JDBC driver, and so Debezium, makes of `infinity`.
+const INFINITY: i64 = 9_223_372_036_825_200_000;
+const MINUS_INFINITY: i64 = -9_223_372_036_832_400_000;
+
+/// Days since 1970 of `2026-02-28` or `0044-03-15 BC`. Infinities are the ends of the range.
+pub(super) fn days(text: &str) -> Result<i64, NotA> {
+    match text {
+        "infinity" => Ok(i64::from(i32::MAX)),
+        "-infinity" => Ok(i64::from(i32::MIN)),
+        _ => {
+            let (date, rest) = Date::split(text)?;
+            date.before_christ(rest)?.days()
+        }
+    }
+}
+
+/// Microseconds of the day of `23:59:59.123456`, and what follows the digits.
+pub(super) fn time(text: &str) -> Result<(i64, &str), NotA> {
+    const NOT: NotA = NotA("a time");
+    let bytes = text.as_bytes();
+    let two = |at: usize| match (bytes.get(at), bytes.get(at + 1)) {
+        (Some(tens @ b'0'..=b'9'), Some(ones @ b'0'..=b'9')) => Ok(i64::from(tens - b'0') * 10 + i64::from(ones - b'0')),
+        _ => Err(NOT),
+    };
+    if bytes.get(2) != Some(&b':') || bytes.get(5) != Some(&b':') {
+        return Err(NOT);
+    }
+    let mut micros = ((two(0)? * 60 + two(3)?) * 60 + two(6)?) * MICROS;
+    let mut end = 8;
+    if bytes.get(8) == Some(&b'.') {
+        let mut unit = MICROS;
+        end = 9;
+        while let Some(digit @ b'0'..=b'9') = bytes.get(end) {
+            unit /= 10;
+            micros += i64::from(digit - b'0') * unit;
+            end += 1;
+        }
+    }
+    Ok((micros, text.get(end..).ok_or(NOT)?))
+}
+
+/// Microseconds since 1970 of a timestamp without time zone.
+pub(super) fn timestamp(text: &str) -> Result<i64, NotA> {
+    const NOT: NotA = NotA("a timestamp");
+    match text {
+        "infinity" => return Ok(INFINITY),
+        "-infinity" => return Ok(MINUS_INFINITY),
+        _ => {}
+    }
+    let (date, rest) = Date::split(text)?;
+    let (micros, rest) = time(rest.strip_prefix(' ').ok_or(NOT)?)?;
+    let days = date.before_christ(rest)?.days()?;
+    days.checked_mul(DAY_MICROS).and_then(|it| it.checked_add(micros)).ok_or(NOT)
+}
+
+/// `2026-03-01 12:34:56.5+00` → `"2026-03-01T12:34:56.500000Z"`: always six digits.
+pub(super) fn write_timestamp_utc(out: &mut Vec<u8>, text: &str) -> Result<(), NotA> {
+    const NOT: NotA = NotA("a timestamp with time zone");
+    if text == "infinity" || text == "-infinity" {
+        super::json::string(out, text);
+        return Ok(());
+    }
+    let (mut date, rest) = Date::split(text)?;
+    let clock = rest.strip_prefix(' ').ok_or(NOT)?;
+    let (micros, zone) = time(clock)?;
+    let after = zone.strip_prefix("+00").ok_or(NOT)?;
+    date = date.before_christ(after)?;
+    out.push(b'"');
+    // The usual day already stands there as ISO 8601 wants it.
+    match text.get(..10) {
+        Some(day) if after.is_empty() && rest.len() + 10 == text.len() => out.extend_from_slice(day.as_bytes()),
+        _ => date.write(out),
+    }
+    out.push(b'T');
+    let Some(digits) = clock.get(..8) else { return Err(NOT) };
+    out.extend_from_slice(digits.as_bytes());
+    out.push(b'.');
+    let mut fraction = [b'0'; 6];
+    let mut left = micros % MICROS;
+    for place in fraction.iter_mut().rev() {
+        *place = b'0' + u8::try_from(left % 10).unwrap_or(0);
+        left /= 10;
+    }
+    out.extend_from_slice(&fraction);
+    out.extend_from_slice(b"Z\"");
+    Ok(())
+}
+
+/// `12:34:56.789+05:30` → `"07:04:56.789Z"`: in UTC, no more digits than needed.
+pub(super) fn write_time_utc(out: &mut Vec<u8>, text: &str) -> Result<(), NotA> {
+    let (micros, zone) = time(text)?;
+    let (sign, offset) = zone.split_at_checked(1).ok_or(NotA("a time with time zone"))?;
+    let mut seconds = 0;
+    for (part, unit) in offset.split(':').zip([3600, 60, 1]) {
+        seconds += part.parse::<i64>().map_err(|_| NotA("a time with time zone"))?.checked_mul(unit).ok_or(NotA("a time with time zone"))?;
+    }
+    let east = if sign == "-" { -seconds } else { seconds };
+    let micros = (micros - east.checked_mul(MICROS).ok_or(NotA("a time with time zone"))?).rem_euclid(DAY_MICROS);
+    let (seconds, fraction) = (micros / MICROS, micros % MICROS);
+    let written = write!(out, "\"{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60);
+    debug_assert!(written.is_ok(), "writing to memory cannot fail");
+    if fraction != 0 {
+        let written = write!(out, ".{fraction:06}");
+        debug_assert!(written.is_ok(), "writing to memory cannot fail");
+        while out.last() == Some(&b'0') {
+            out.pop();
+        }
+    }
+    out.extend_from_slice(b"Z\"");
+    Ok(())
+}
+
+/// Microseconds of `1 year 2 mons 3 days 04:05:06.789`.
+pub(super) fn interval(text: &str) -> Result<i64, NotA> {
+    const NOT: NotA = NotA("an interval");
+    /// 365.25 days a year, a twelfth of it a month.
+    const MONTH_MICROS: i64 = DAY_MICROS / 10_000 * 304_375;
+    let mut micros = 0_i64;
+    let mut add = |count: i64, unit: i64| {
+        micros = count.checked_mul(unit).and_then(|it| micros.checked_add(it)).ok_or(NOT)?;
+        Ok(())
+    };
+    let mut words = text.split(' ');
+    while let Some(word) = words.next() {
+        if word.contains(':') {
+            let (negative, clock) = match word.strip_prefix('-') {
+                Some(clock) => (true, clock),
+                None => (false, word.strip_prefix('+').unwrap_or(word)),
+            };
+            // Hours of an interval may have more than two digits; the rest reads as a time of day.
+            let (hours, rest) = clock.split_once(':').ok_or(NOT)?;
+            let hours: i64 = hours.parse().map_err(|_| NOT)?;
+            let minutes = time(&format!("00:{rest}")).map_err(|_| NOT)?.0;
+            let sign = if negative { -1 } else { 1 };
+            add(hours, sign * 3600 * MICROS)?;
+            add(minutes, sign)?;
+            continue;
+        }
+        let count: i64 = word.parse().map_err(|_| NOT)?;
+        let unit = words.next().ok_or(NOT)?;
+        match unit.trim_end_matches('s') {
+            "year" => add(count, 12 * MONTH_MICROS)?,
+            "mon" => add(count, MONTH_MICROS)?,
+            "day" => add(count, DAY_MICROS)?,
+            _ => return Err(NOT),
+        }
+    }
+    Ok(micros)
+}
+
+/// A day of the proleptic Gregorian calendar; the year before 1 is 0.
+#[derive(Clone, Copy)]
+struct Date {
+    year: i64,
+    month: i64,
+    day: i64,
+}
+
+impl Date {
+    /// The date a text begins with, and the rest.
+    fn split(text: &str) -> Result<(Self, &str), NotA> {
+        const NOT: NotA = NotA("a date");
+        let bytes = text.as_bytes();
+        let mut numbers = [0_i64; 3];
+        let mut at = 0;
+        for (place, number) in numbers.iter_mut().enumerate() {
+            let start = at;
+            while let Some(digit @ b'0'..=b'9') = bytes.get(at) {
+                if at - start == 7 {
+                    return Err(NOT);
+                }
+                *number = *number * 10 + i64::from(digit - b'0');
+                at += 1;
+            }
+            if at == start || (place < 2 && bytes.get(at) != Some(&b'-')) {
+                return Err(NOT);
+            }
+            at += usize::from(place < 2);
+        }
+        let [year, month, day] = numbers;
+        if !(1..=12).contains(&month) || !(1..=31).contains(&day) {
+            return Err(NOT);
+        }
+        Ok((Self { year, month, day }, text.get(at..).ok_or(NOT)?))
+    }
+
+    /// The same day, told what stands behind it: nothing, or ` BC`.
+    fn before_christ(self, rest: &str) -> Result<Self, NotA> {
+        match rest {
+            "" => Ok(self),
+            " BC" => Ok(Self { year: 1 - self.year, ..self }),
+            _ => Err(NotA("a date")),
+        }
+    }
+
+    fn days(self) -> Result<i64, NotA> {
+        // Howard Hinnant's days_from_civil: years begin in March, so the leap day is the last.
+        let year = if self.month <= 2 { self.year - 1 } else { self.year };
+        let era = year.div_euclid(400);
+        let year_of_era = year - era * 400;
+        let day_of_year = (153 * (self.month + if self.month > 2 { -3 } else { 9 }) + 2) / 5 + self.day - 1;
+        Ok(era * 146_097 + year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year - 719_468)
+    }
+
+    /// ISO 8601 as Java writes it: a sign where the year is negative or has more than four digits.
+    fn write(self, out: &mut Vec<u8>) {
+        let sign = match self.year {
+            ..0 => "-",
+            10_000.. => "+",
+            _ => "",
+        };
+        let written = write!(out, "{sign}{:04}-{:02}-{:02}", self.year.abs(), self.month, self.day);
+        debug_assert!(written.is_ok(), "writing to memory cannot fail");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(write: impl FnOnce(&mut Vec<u8>) -> Result<(), NotA>) -> String {
+        let mut out = Vec::new();
+        write(&mut out).expect("valid");
+        String::from_utf8(out).expect("JSON is UTF-8")
+    }
+
+    #[test]
+    fn dates_count_from_1970() {
+        assert_eq!(
+            ["1970-01-01", "1969-12-31", "2026-02-28", "9999-12-31", "0001-01-01", "1582-10-10"].map(days),
+            [0, -1, 20_512, 2_932_896, -719_162, -141_432].map(Ok)
+        );
+        assert_eq!(days("0044-03-15 BC"), Ok(-735_160));
+        for text in ["", "2026", "2026-13-01", "2026-01-01x", "2026-01-", "99999999-01-01"] {
+            assert!(days(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn timestamps_are_microseconds() {
+        assert_eq!(timestamp("2026-03-01 12:34:56.123456"), Ok(1_772_368_496_123_456));
+        assert_eq!(timestamp("1969-12-31 23:59:59.999999"), Ok(-1));
+        assert_eq!(timestamp("0044-03-15 12:00:00 BC"), Ok(-63_517_780_800_000_000));
+        assert_eq!(timestamp("9999-12-31 23:59:59.999999"), Ok(253_402_300_799_999_999));
+    }
+
+    #[test]
+    fn instants_are_iso_strings_with_six_digits() {
+        let shown = |text| written(|out| write_timestamp_utc(out, text));
+        assert_eq!(shown("2026-01-03 10:00:00.5+00"), "\"2026-01-03T10:00:00.500000Z\"");
+        assert_eq!(shown("1900-01-01 00:00:00+00"), "\"1900-01-01T00:00:00.000000Z\"");
+        assert_eq!(shown("0044-03-15 12:00:00+00 BC"), "\"-0043-03-15T12:00:00.000000Z\"");
+        assert_eq!(shown("-infinity"), "\"-infinity\"");
+        assert!(write_timestamp_utc(&mut Vec::new(), "2026-01-03 10:00:00+01").is_err());
+    }
+
+    #[test]
+    fn times_of_day_are_moved_to_utc() {
+        let shown = |text| written(|out| write_time_utc(out, text));
+        assert_eq!(["12:34:56.789+05:30", "24:00:00+00", "23:59:59.9999-08"].map(shown), ["\"07:04:56.789Z\"", "\"00:00:00Z\"", "\"07:59:59.9999Z\""]);
+    }
+
+    #[test]
+    fn intervals_count_a_month_as_a_twelfth_of_a_year() {
+        assert_eq!(interval("1 year 2 mons 3 days 04:05:06.789"), Ok(37_091_106_789_000));
+        assert_eq!(interval("-1 days +02:03:00"), Ok(-79_020_000_000));
+        assert_eq!(interval("100:00:00"), Ok(360_000_000_000));
+    }
+}

@@ -1,0 +1,368 @@
+//! The stage: prepare → snapshot → stream, for as long as it is wanted.
+//!
+//! Trouble that passes (PostgreSQL restarts, a producer breaks) is waited out here once the stream has flowed; the first
+//! connection must succeed, so that a wrong address is told at the start.
+
+use std::{
+    collections::BTreeSet,
+    num::NonZeroU32,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::FutureExt as _;
+use pgwire_replication::ReplicationClient;
+use tokio::{sync::watch, task::JoinHandle};
+
+use super::{
+    Config, SnapshotMode, catalog,
+    envelope::Envelope,
+    error::Error,
+    health::{self, Health},
+    heartbeat::{self, Memory, Position},
+    progress::{LaneEnd, Store},
+    slot::{self, Start},
+    snapshot,
+    source::Source,
+    stats::{Stats, Step},
+    streaming::{Flow, Setup, Streaming},
+};
+use crate::{
+    change::{Lsn, TableId, Topics},
+    fault::{Backoff, Diagnose as _, Fault, chain},
+    secret::Secret,
+    stage::{Control, Phase},
+    stream::{
+        self,
+        producer::Producer,
+        topics::{self, Wanted},
+    },
+};
+
+const RETRY_FIRST: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// How often stats are published, acknowledgements are looked for, and heartbeats considered, at least.
+const TICK: Duration = Duration::from_millis(100);
+/// Events taken in a row before anything else is looked at.
+const EVENTS_IN_A_ROW: usize = 512;
+/// How long a stop waits for the broker to acknowledge what was sent; what it does not is sent again next time.
+const STOP_MAX: Duration = Duration::from_secs(10);
+/// Heartbeats that are searched for the slot's position.
+const POSITIONS_READ: i64 = 2000;
+
+/// Captures until stopped. Cancel-safe like a crash: what was not confirmed is read again.
+pub async fn run(
+    source: Secret,
+    state: Secret,
+    bootstrap_servers: String,
+    stream: stream::Config,
+    config: Config,
+    mut control: Control<Stats>,
+) -> Result<(), Error> {
+    let mut capture = Capture {
+        source: Source::new(&source)?,
+        state,
+        bootstrap_servers,
+        partitions: stream.partitions,
+        topics: Topics::new(&config.topic_prefix),
+        config,
+        streamed: false,
+        stats: control.stats.borrow().clone(),
+    };
+    let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
+    loop {
+        let streamed_before = std::mem::take(&mut capture.streamed);
+        let error = match capture.session(&mut control).await {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        if capture.streamed {
+            backoff.reset();
+        }
+        capture.streamed |= streamed_before;
+        if !capture.streamed || error.fault() != Fault::Transient {
+            return Err(error);
+        }
+        let delay = backoff.delay();
+        tracing::warn!(error = chain(&error), ?delay, "the capture was interrupted, trying again");
+        capture.stats.reconnects += 1;
+        capture.tell(&control, Step::Connecting, Some(chain(&error)));
+        tokio::select! {
+            () = control.stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(delay) => {}
+        }
+    }
+}
+
+struct Capture {
+    source: Source,
+    state: Secret,
+    bootstrap_servers: String,
+    partitions: NonZeroU32,
+    topics: Topics,
+    config: Config,
+    /// Whether the stream has flowed since the start.
+    streamed: bool,
+    stats: Stats,
+}
+
+/// Everything that flows: ended by being dropped.
+struct Open {
+    client: ReplicationClient,
+    streaming: Streaming,
+    health: watch::Receiver<Option<Health>>,
+    _watching: Watching,
+}
+
+/// Ends the health task when the session ends.
+struct Watching(JoinHandle<()>);
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Capture {
+    /// One connection's life: Ok when stopped.
+    async fn session(&mut self, control: &mut Control<Stats>) -> Result<(), Error> {
+        self.tell(control, Step::Connecting, None);
+        let stop = control.stop.clone();
+        let opened = tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            opened = self.open(control) => opened?,
+        };
+        self.streamed = true;
+        self.tell(control, Step::Streaming, None);
+        tracing::info!(confirmed = %self.stats.confirmed_lsn, "streaming");
+        self.stream(opened, control).await
+    }
+
+    async fn open(&mut self, control: &Control<Stats>) -> Result<Open, Error> {
+        let mut connection = self.source.connect().await?;
+        catalog::check_server(&mut connection).await?;
+        let mut store = Store::open(&self.state, &self.config.topic_prefix).await?;
+        let tables = catalog::wanted_tables(&mut connection, &self.config).await?;
+        let progress = store.read().await?;
+        let name = self.config.slot.clone();
+        let found = slot::wait_until_free(&mut connection, &name, |text| self.tell(control, Step::Connecting, Some(text))).await?;
+        let start = slot::decide(&name, &self.source.database, found.as_ref(), progress.as_ref())?;
+        let tables = self.publish(&mut connection, &tables, &start).await?;
+        let asking = topics::Topics::connect(&self.bootstrap_servers)?;
+        self.ensure_topics(&asking, &tables).await?;
+        let producer = Arc::new(Producer::new(&self.bootstrap_servers)?);
+        let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
+        let (client, snapshot, confirmed, last_commit) = match start {
+            Start::Resume { snapshot, confirmed } => {
+                let last_commit = self.recall(&asking, snapshot, confirmed).await?;
+                (slot::connect(&self.source, &name, &self.config.publication).await?, snapshot, confirmed, last_commit)
+            }
+            Start::Fresh | Start::Over => {
+                if start == Start::Over {
+                    tracing::warn!(slot = name, "the snapshot was cut short, starting over");
+                    slot::drop_slot(&mut connection, &name).await?;
+                }
+                let (client, snapshot) = self.begin(&mut store, &asking, &producer, &mut envelope, &tables, control).await?;
+                (client, snapshot, snapshot, None)
+            }
+        };
+        store.close().await;
+        let client = slot::start(client, &name).await?;
+        self.stats.confirmed_lsn = confirmed;
+        let setup = Setup {
+            source: self.source.clone(),
+            topics: self.topics.clone(),
+            transaction_metadata: self.config.transaction_metadata,
+            heartbeat: *self.config.heartbeat,
+            snapshot,
+            confirmed,
+            last_commit,
+        };
+        let (seen, health) = watch::channel(None);
+        let watching = tokio::spawn(health::watch(self.source.clone(), name, self.config.publication.clone(), seen));
+        Ok(Open { client, streaming: Streaming::new(setup, envelope, producer, control.stop.clone()), health, _watching: Watching(watching) })
+    }
+
+    /// Makes or completes the publication. The tables that are captured: a pattern's table that cannot be is left out and told.
+    async fn publish(&mut self, connection: &mut sqlx::PgConnection, wanted: &BTreeSet<TableId>, start: &Start) -> Result<BTreeSet<TableId>, Error> {
+        let publication = &self.config.publication;
+        let resuming = matches!(start, Start::Resume { .. });
+        let Some(published) = catalog::published(connection, publication).await? else {
+            if resuming {
+                return Err(Error::PublicationMissing { publication: publication.clone() });
+            }
+            catalog::create_publication(connection, publication, wanted).await?;
+            return Ok(wanted.clone());
+        };
+        let mut captured = wanted.clone();
+        let mut uncaptured = Vec::new();
+        for table in wanted.difference(&published) {
+            // Before the slot exists no change is missed; afterwards only a table without rows can join.
+            let rows_are_missed = resuming && self.config.snapshot == SnapshotMode::Initial;
+            if !catalog::publish(connection, publication, table, rows_are_missed).await? {
+                if self.config.tables.contains(&table.to_string()) {
+                    return Err(Error::Uncaptured { table: table.to_string(), publication: publication.clone() });
+                }
+                tracing::warn!(%table, "left out: it has rows from before it was captured");
+                captured.remove(table);
+                uncaptured.push(table.to_string());
+            }
+        }
+        self.stats.uncaptured = uncaptured;
+        Ok(captured)
+    }
+
+    async fn ensure_topics(&self, asking: &topics::Topics, tables: &BTreeSet<TableId>) -> Result<(), Error> {
+        let single = [self.topics.boundaries(), self.topics.heartbeat(), self.topics.dead_letters(), format!("{}.message", self.topics.prefix())];
+        let single = single.into_iter().map(|topic| Wanted { topic, partitions: NonZeroU32::MIN });
+        let by_table = tables.iter().map(|it| Wanted { topic: self.topics.table(it), partitions: self.partitions });
+        asking.ensure(single.chain(by_table).collect()).await?;
+        Ok(asking.require_single(&self.topics.boundaries()).await?)
+    }
+
+    /// Asks the heartbeat topic whether the slot stands where we left it; the commit before its position.
+    async fn recall(&self, asking: &topics::Topics, snapshot: Lsn, confirmed: Lsn) -> Result<Option<Lsn>, Error> {
+        let headers = asking.last_headers(&self.topics.heartbeat(), 0, heartbeat::HEADER, POSITIONS_READ).await?;
+        let positions = headers.iter().filter_map(|it| Position::from_header(it));
+        match heartbeat::recall(positions, snapshot, confirmed) {
+            Memory::Known { last_commit } => Ok(last_commit),
+            Memory::Moved { furthest } => Err(Error::SlotMoved { slot: self.config.slot.clone(), expected: furthest, found: confirmed }),
+            Memory::Blank => {
+                tracing::warn!(%confirmed, "the heartbeat topic has forgotten the slot's position, so nobody can say whether it was moved");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Makes the slot and takes the snapshot; each step is written down before the next.
+    async fn begin(
+        &mut self,
+        store: &mut Store,
+        asking: &topics::Topics,
+        producer: &Producer,
+        envelope: &mut Envelope,
+        tables: &BTreeSet<TableId>,
+        control: &Control<Stats>,
+    ) -> Result<(ReplicationClient, Lsn), Error> {
+        store.begin(&self.config.slot).await?;
+        self.tell(control, Step::Snapshot, Some("the slot is being made; it waits for transactions that are open on the source".to_owned()));
+        let made = slot::create(&self.source, &self.config.slot, &self.config.publication).await?;
+        store.made(made.consistent_point).await?;
+        let mut ends = Vec::new();
+        if self.config.snapshot == SnapshotMode::Initial {
+            tracing::info!(tables = tables.len(), lsn = %made.consistent_point, "taking the snapshot");
+            let (source, topics) = (self.source.clone(), self.topics.clone());
+            let plan = snapshot::Plan { source: &source, tables, topics: &topics, snapshot: &made.snapshot, consistent_point: made.consistent_point };
+            let tell = |progress: &super::SnapshotProgress, table: &str, rows: u64| {
+                self.stats.snapshot = Some(progress.clone());
+                if !table.is_empty() {
+                    self.stats.tables.entry(table.to_owned()).or_default().reads = rows;
+                }
+                self.tell(control, Step::Snapshot, None);
+            };
+            snapshot::take(&plan, envelope, producer, tell).await?;
+            let lanes = asking.watermarks(tables.iter().map(|it| self.topics.table(it)).collect()).await?;
+            ends = lanes.into_iter().map(|(lane, marks)| LaneEnd { topic: lane.topic.to_string(), partition: lane.partition, end_offset: marks.end }).collect();
+        }
+        store.finish(&ends).await?;
+        if let Some(snapshot) = &mut self.stats.snapshot {
+            snapshot.finished = true;
+            tracing::info!(rows = snapshot.rows, "snapshot taken");
+        }
+        Ok((made.client, made.consistent_point))
+    }
+
+    async fn stream(&mut self, open: Open, control: &mut Control<Stats>) -> Result<(), Error> {
+        let Open { mut client, mut streaming, mut health, _watching } = open;
+        let before = self.stats.clone();
+        let producer = streaming.producer();
+        let mut phase = *control.wanted.borrow();
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let stop = control.stop.clone();
+        loop {
+            tokio::select! { biased;
+                () = stop.cancelled() => break,
+                wish = control.next_wish() => phase = wish,
+                Ok(()) = health.changed() => {
+                    let seen = health.borrow_and_update().clone();
+                    self.see(seen)?;
+                }
+                _ = ticks.tick() => {
+                    streaming.beat(Instant::now(), &mut self.stats)?;
+                    self.stats.phase = phase;
+                    streaming.report(&mut self.stats, &before);
+                    control.stats.send_replace(self.stats.clone());
+                }
+                () = producer.rung() => {}
+                event = client.recv(), if phase == Phase::Running && streaming.has_room() => {
+                    let failed = |source| slot::start_failed(&self.config.slot, source);
+                    let mut next = event.map_err(failed)?.ok_or(Error::Ended)?;
+                    // What lies ready is taken at once; waiting is for the select above.
+                    for taken in 1.. {
+                        if let Flow::Stopped = streaming.take(next, &mut self.stats).await? {
+                            break;
+                        }
+                        next = match (taken < EVENTS_IN_A_ROW).then(|| client.recv().now_or_never()).flatten() {
+                            Some(ready) => ready.map_err(failed)?.ok_or(Error::Ended)?,
+                            None => break,
+                        };
+                    }
+                }
+            }
+            if let Some(confirmed) = streaming.settle(&mut self.stats)? {
+                client.update_applied_lsn(pgwire_replication::Lsn(confirmed.0));
+            }
+        }
+        self.end(client, streaming, &before, control).await;
+        Ok(())
+    }
+
+    /// Reads what the health task saw. A lost slot or publication ends the stage.
+    fn see(&mut self, seen: Option<Health>) -> Result<(), Error> {
+        let Some(seen) = seen else { return Ok(()) };
+        self.stats.source_lsn = seen.source_lsn;
+        if !seen.publication_exists {
+            return Err(Error::PublicationMissing { publication: self.config.publication.clone() });
+        }
+        let Some(slot) = seen.slot else { return Err(Error::SlotMissing { slot: self.config.slot.clone() }) };
+        slot::require_alive(&self.config.slot, &slot)?;
+        self.stats.slot = Some(slot.health);
+        Ok(())
+    }
+
+    /// Leaves in good order: what was sent gets its acknowledgement, the slot the last position. Best effort, by a deadline.
+    async fn end(&mut self, mut client: ReplicationClient, mut streaming: Streaming, before: &Stats, control: &Control<Stats>) {
+        let deadline = tokio::time::Instant::now() + STOP_MAX;
+        let producer = streaming.producer();
+        let settled = async {
+            while !streaming.is_settled() {
+                streaming.write_position_if_behind(&mut self.stats)?;
+                let _ = tokio::time::timeout(TICK, producer.rung()).await;
+                if let Some(confirmed) = streaming.settle(&mut self.stats)? {
+                    client.update_applied_lsn(pgwire_replication::Lsn(confirmed.0));
+                }
+            }
+            // The transport tells the server on its next round; leaving earlier would only repeat a few commits.
+            let confirmed = pgwire_replication::Lsn(self.stats.confirmed_lsn.0);
+            while client.metrics().last_applied_lsn() < confirmed && client.is_running() {
+                tokio::time::sleep(TICK / 10).await;
+            }
+            Ok::<(), Error>(())
+        };
+        match tokio::time::timeout_at(deadline, settled).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = chain(&error), "the last messages were not acknowledged; they will be sent again"),
+            Err(_) => tracing::warn!("the broker did not acknowledge the last messages in time; they will be sent again"),
+        }
+        let _ = tokio::time::timeout(TICK * 10, client.shutdown()).await;
+        streaming.report(&mut self.stats, before);
+        self.tell(control, Step::Stopped, None);
+    }
+
+    fn tell(&mut self, control: &Control<Stats>, step: Step, waiting_for: Option<String>) {
+        self.stats.step = step;
+        self.stats.waiting_for = waiting_for;
+        control.stats.send_replace(self.stats.clone());
+    }
+}

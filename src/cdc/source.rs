@@ -1,0 +1,161 @@
+//! Connections to the source: for SQL, and for replication, with one set of session settings for both.
+
+use std::time::Duration;
+
+use pgwire_replication::{ReplicationConfig, TlsConfig};
+use sqlx::{
+    Connection as _,
+    postgres::{PgConnectOptions, PgConnection, PgSslMode},
+};
+
+use super::error::Error;
+use crate::{change::Lsn, secret::Secret};
+
+/// How values are printed: the same on the walsender and in the snapshot, so that a row reads the same from both.
+const SETTINGS: [(&str, &str); 5] =
+    [("TimeZone", "UTC"), ("DateStyle", "ISO"), ("IntervalStyle", "postgres"), ("extra_float_digits", "3"), ("bytea_output", "hex")];
+
+/// How soon an acknowledged position reaches the slot.
+const STATUS_INTERVAL: Duration = Duration::from_millis(100);
+/// Messages between the socket and the decoder.
+const BUFFERED_EVENTS: usize = 4096;
+/// The largest row change we take: before and after in PostgreSQL's text. The stream's own limit is below that.
+const MESSAGE_BYTES_MAX: usize = 256 * 1024 * 1024;
+/// How long the server may take to answer a connection.
+const CONNECT_MAX: Duration = Duration::from_secs(10);
+
+/// The source's address, taken apart once. Not `Debug`: sqlx's options would print the password.
+#[derive(Clone)]
+pub(super) struct Source {
+    options: PgConnectOptions,
+    host: String,
+    port: u16,
+    user: String,
+    password: Secret,
+    pub(super) database: String,
+}
+
+impl Source {
+    pub(super) fn new(url: &Secret) -> Result<Self, Error> {
+        let options = options(url)?;
+        let parsed = url::Url::parse(url.reveal()).map_err(|_| Error::Address { reason: "it is not a URL" })?;
+        if !matches!(parsed.scheme(), "postgres" | "postgresql") {
+            return Err(Error::Address { reason: "it does not begin with postgres://" });
+        }
+        let password = parsed.password().map(percent_decoded).unwrap_or_default();
+        let host = options.get_socket().map_or_else(|| options.get_host().to_owned(), |path| path.display().to_string());
+        Ok(Self {
+            host,
+            port: options.get_port(),
+            user: options.get_username().to_owned(),
+            password: Secret::new(password),
+            database: options.get_database().unwrap_or(options.get_username()).to_owned(),
+            options,
+        })
+    }
+
+    /// A connection for SQL.
+    pub(super) async fn connect(&self) -> Result<PgConnection, Error> {
+        connect(&self.options, "connect to the source").await
+    }
+
+    /// What the replication connection needs.
+    pub(super) fn replication(&self, slot: &str, publication: &str) -> ReplicationConfig {
+        let settings: Vec<String> = SETTINGS.iter().map(|(name, value)| format!("-c {name}={value}")).collect();
+        ReplicationConfig::new(&self.host, &self.user, self.password.reveal(), &self.database, slot, publication)
+            .with_port(self.port)
+            .with_tls(TlsConfig::disabled())
+            .with_options(settings.join(" "))
+            .with_application_name("ledgerline-cdc")
+            .with_status_interval(STATUS_INTERVAL)
+            .with_buffer_size(BUFFERED_EVENTS)
+            .with_max_message_size(MESSAGE_BYTES_MAX)
+    }
+}
+
+/// A connection to the state database.
+pub(super) async fn connect_state(url: &Secret) -> Result<PgConnection, Error> {
+    connect(&options(url)?, "connect to the state database").await
+}
+
+/// The end of the source's flushed WAL: everything committed before the call lies before it, and the slot can reach it.
+///
+/// Not the insert position: that may lie behind unflushed bytes which no decoder gets to see until something commits.
+pub async fn wal_position(source: &Secret) -> Result<Lsn, Error> {
+    let mut connection = Source::new(source)?.connect().await?;
+    let position = flushed_wal(&mut connection).await?;
+    let _ = connection.close().await;
+    Ok(position)
+}
+
+pub(super) async fn flushed_wal(connection: &mut PgConnection) -> Result<Lsn, Error> {
+    let text: String = sqlx::query_scalar("select pg_current_wal_flush_lsn()::text")
+        .fetch_one(connection)
+        .await
+        .map_err(|source| Error::Sql { what: "read the source's WAL position", source })?;
+    parse_lsn(&text)
+}
+
+pub(super) fn parse_lsn(text: &str) -> Result<Lsn, Error> {
+    text.parse().map_err(|_| Error::Progress { reason: "an LSN is not one" })
+}
+
+/// `"name"`, for statements that take no parameters.
+pub(super) fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+fn options(url: &Secret) -> Result<PgConnectOptions, Error> {
+    let options: PgConnectOptions = url.reveal().parse().map_err(|_| Error::Address { reason: "it cannot be read" })?;
+    Ok(options.ssl_mode(PgSslMode::Disable).application_name("ledgerline-cdc").options(SETTINGS))
+}
+
+async fn connect(options: &PgConnectOptions, what: &'static str) -> Result<PgConnection, Error> {
+    let connecting = tokio::time::timeout(CONNECT_MAX, PgConnection::connect_with(options)).await;
+    let timed_out = |_| sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer within 10 s"));
+    connecting.map_err(timed_out).and_then(|it| it).map_err(|source| Error::Sql { what, source })
+}
+
+/// `%40` → `@`.
+fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let code =
+            (*first == b'%').then(|| after.get(..2)).flatten().and_then(|it| std::str::from_utf8(it).ok()).and_then(|it| u8::from_str_radix(it, 16).ok());
+        match code {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &after[2..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_taken_apart() {
+        let source = Source::new(&Secret::new("postgres://bank%40x:p%25w%2Fd@db:6543/ledger?application_name=x")).expect("valid");
+        assert_eq!((source.host.as_str(), source.port, source.user.as_str(), source.password.reveal()), ("db", 6543, "bank@x", "p%w/d"));
+        assert_eq!(source.database, "ledger");
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused_without_saying_it() {
+        let Err(error) = Source::new(&Secret::new("mysql://root:secret@db/x")) else { panic!("not PostgreSQL") };
+        assert!(!format!("{error} {error:?}").contains("secret"));
+    }
+
+    #[test]
+    fn names_are_quoted_as_identifiers() {
+        assert_eq!(quoted("weird \"name\""), "\"weird \"\"name\"\"\"");
+    }
+}

@@ -1,0 +1,191 @@
+//! What the capture tells about itself.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+
+use crate::{change::Lsn, stage::Phase};
+
+/// Where the capture stands. Plain data, published about ten times a second.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stats {
+    pub phase: Phase,
+    pub step: Step,
+    /// What is being waited for, in words for the operator; None while things move.
+    pub waiting_for: Option<String>,
+    /// By table, `public.customers`.
+    pub tables: BTreeMap<String, TableStats>,
+    /// Commits whose every message the broker has acknowledged.
+    pub transactions: u64,
+    /// Rows that could not become events and lie in the dead-letter topic.
+    pub dead_letters: u64,
+    /// TRUNCATEs seen; Debezium's default, and so ours, is to leave them out.
+    pub truncates: u64,
+    pub heartbeats: u64,
+    /// The end of what PostgreSQL has sent us.
+    pub received_lsn: Lsn,
+    /// Up to here everything is with the broker, and the slot may forget it.
+    pub confirmed_lsn: Lsn,
+    /// The end of the source's flushed WAL, sampled every two seconds.
+    pub source_lsn: Lsn,
+    /// `source_lsn - confirmed_lsn`: what a crash would read again, and the source has to keep.
+    pub lag_bytes: u64,
+    pub last_commit_at: Option<DateTime<Utc>>,
+    /// From commit on the source to the broker's acknowledgement of its last message.
+    pub latency: Latency,
+    pub slot: Option<SlotHealth>,
+    pub snapshot: Option<SnapshotProgress>,
+    /// Messages that wait for the broker.
+    pub queued: u64,
+    pub broker_away: bool,
+    /// Tables that match a pattern of `cdc.tables` but hold rows from before they were captured, so they are left out.
+    pub uncaptured: Vec<String>,
+    /// How often the connection to the source or the producer had to be made anew.
+    pub reconnects: u64,
+}
+
+impl Stats {
+    /// Events of all tables, without tombstones and boundaries.
+    pub fn n_events(&self) -> u64 {
+        self.tables.values().map(TableStats::n_events).sum()
+    }
+}
+
+/// What the capture is doing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Step {
+    #[default]
+    Connecting,
+    Snapshot,
+    Streaming,
+    Stopped,
+}
+
+/// Events of one table since this process started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TableStats {
+    pub reads: u64,
+    pub inserts: u64,
+    pub updates: u64,
+    pub deletes: u64,
+}
+
+impl TableStats {
+    pub fn n_events(&self) -> u64 {
+        self.reads + self.inserts + self.updates + self.deletes
+    }
+}
+
+/// The slot as `pg_replication_slots` shows it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotHealth {
+    pub active: bool,
+    /// `reserved`, `extended`, `unreserved` or `lost`.
+    pub wal_status: String,
+    pub confirmed_flush_lsn: Lsn,
+    pub restart_lsn: Lsn,
+    /// WAL that may still be written before the slot is in danger; None where the server sets no limit.
+    pub safe_wal_bytes: Option<i64>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotProgress {
+    pub tables: u64,
+    pub tables_done: u64,
+    pub rows: u64,
+    /// What the planner thinks there is.
+    pub rows_estimated: u64,
+    pub table: Option<String>,
+    pub finished: bool,
+}
+
+/// Milliseconds, from a histogram whose buckets grow by an eighth.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Latency {
+    pub count: u64,
+    pub p50_ms: f64,
+    pub p99_ms: f64,
+}
+
+/// Counts durations in buckets, eight to each power of two: at most an eighth off, in 4 KiB.
+#[derive(Debug, Clone)]
+pub(super) struct Histogram {
+    buckets: Box<[u64; BUCKETS]>,
+    count: u64,
+}
+
+const BUCKETS: usize = 512;
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self { buckets: Box::new([0; BUCKETS]), count: 0 }
+    }
+}
+
+impl Histogram {
+    pub(super) fn record(&mut self, micros: i64) {
+        self.buckets[bucket(u64::try_from(micros).unwrap_or(0))] += 1;
+        self.count += 1;
+    }
+
+    pub(super) fn latency(&self) -> Latency {
+        Latency { count: self.count, p50_ms: self.quantile_ms(50), p99_ms: self.quantile_ms(99) }
+    }
+
+    fn quantile_ms(&self, percent: u64) -> f64 {
+        let wanted = (self.count * percent).div_ceil(100);
+        let mut seen = 0;
+        for (bucket, count) in self.buckets.iter().enumerate() {
+            seen += count;
+            if seen >= wanted && seen > 0 {
+                let micros = u32::try_from(upper(bucket)).unwrap_or(u32::MAX);
+                return f64::from(micros) / 1000.0;
+            }
+        }
+        0.0
+    }
+}
+
+fn bucket(micros: u64) -> usize {
+    if micros < 8 {
+        return usize::try_from(micros).unwrap_or(0);
+    }
+    let power = micros.ilog2();
+    let eighth = (micros >> (power - 3)) & 7;
+    usize::try_from(u64::from(power - 2) * 8 + eighth).map_or(BUCKETS - 1, |it| it.min(BUCKETS - 1))
+}
+
+/// The largest duration a bucket counts, in microseconds.
+fn upper(bucket: usize) -> u64 {
+    let bucket = u64::try_from(bucket).unwrap_or(0);
+    if bucket < 8 {
+        return bucket;
+    }
+    let (power, eighth) = (bucket / 8 + 2, bucket % 8);
+    ((8 + eighth + 1) << (power - 3)) - 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_duration_is_at_most_an_eighth_below_its_bucket(micros in 0_u64..1 << 40) {
+            let shown = upper(bucket(micros));
+            prop_assert!(shown >= micros && shown - micros <= micros / 8 + 1, "{micros} shows as {shown}");
+        }
+    }
+
+    #[test]
+    fn quantiles_are_those_of_what_was_recorded() {
+        let mut histogram = Histogram::default();
+        assert_eq!(histogram.latency(), Latency::default());
+        (1..=100).for_each(|milliseconds| histogram.record(milliseconds * 1000));
+        let latency = histogram.latency();
+        assert!((50.0..57.0).contains(&latency.p50_ms) && (99.0..112.0).contains(&latency.p99_ms), "{latency:?}");
+    }
+}

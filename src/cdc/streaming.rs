@@ -1,0 +1,503 @@
+//! Replication events → messages on their way to the broker, and acknowledgements → positions for the slot.
+//!
+//! Owns everything that exists only while the stream flows: the transaction being received, the tables as the stream
+//! described them, and the ledger of what is not yet acknowledged.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use chrono::DateTime;
+use pgwire_replication::ReplicationEvent;
+use sqlx::PgConnection;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    boundaries::{self, Transaction},
+    catalog::{self, KeyNames},
+    envelope::{Envelope, Origin, Table, Update},
+    error::{Error, Poison},
+    heartbeat::{self, Position},
+    json,
+    ledger::{Ledger, Meaning},
+    pgoutput::{self, Message, Old, Relation, Tuple},
+    source::Source,
+    stats::{Histogram, Stats, TableStats},
+};
+use crate::{
+    change::{Lsn, Topics},
+    stream::producer::{Outgoing, Producer, Receipt},
+};
+
+/// PostgreSQL counts microseconds from 2000, the rest of the world from 1970.
+const EPOCH_2000_US: i64 = 946_684_800_000_000;
+/// While changes flow, a position is written down this often: a crash repeats at most about this much.
+const POSITION_INTERVAL: Duration = Duration::from_secs(1);
+/// When all is acknowledged and only other tables' WAL moves, the slot follows this fast.
+const POSITION_INTERVAL_IDLE: Duration = Duration::from_millis(250);
+
+/// What the streaming is told once.
+pub(super) struct Setup {
+    pub(super) source: Source,
+    pub(super) topics: Topics,
+    pub(super) transaction_metadata: bool,
+    pub(super) heartbeat: Duration,
+    /// Where the slot began.
+    pub(super) snapshot: Lsn,
+    /// Where it stands now.
+    pub(super) confirmed: Lsn,
+    pub(super) last_commit: Option<Lsn>,
+}
+
+/// A table of the stream, its key for the day it is dropped, and its count.
+struct Described {
+    table: Table,
+    key: KeyNames,
+    counted: TableStats,
+}
+
+pub(super) struct Streaming {
+    setup: Setup,
+    envelope: Envelope,
+    producer: Arc<Producer>,
+    stop: CancellationToken,
+    catalog: Option<PgConnection>,
+    tables: HashMap<u32, Described>,
+    transaction: Option<Transaction>,
+    /// Of the batch being filled.
+    receipt: Arc<Receipt>,
+    ledger: Ledger,
+    boundaries_topic: String,
+    heartbeat_topic: String,
+    heartbeat_key: Vec<u8>,
+    messages_topic: String,
+    dead_letters_topic: String,
+    last_commit: Option<Lsn>,
+    last_commit_at_us: i64,
+    /// The furthest position at which no transaction is open, and the last one written down.
+    position: Lsn,
+    written: Lsn,
+    written_at: Instant,
+    latency: Histogram,
+    scratch: (Vec<u8>, Vec<u8>),
+}
+
+/// Streaming was told to stop while a message waited for room in the queue.
+pub(super) enum Flow {
+    On,
+    Stopped,
+}
+
+impl Streaming {
+    pub(super) fn new(setup: Setup, envelope: Envelope, producer: Arc<Producer>, stop: CancellationToken) -> Self {
+        let topics = &setup.topics;
+        Self {
+            boundaries_topic: topics.boundaries(),
+            heartbeat_topic: topics.heartbeat(),
+            heartbeat_key: heartbeat::key(topics.prefix()),
+            messages_topic: format!("{}.message", topics.prefix()),
+            dead_letters_topic: topics.dead_letters(),
+            last_commit: setup.last_commit,
+            last_commit_at_us: 0,
+            position: setup.confirmed,
+            written: setup.confirmed,
+            written_at: Instant::now(),
+            setup,
+            envelope,
+            producer,
+            stop,
+            catalog: None,
+            tables: HashMap::new(),
+            transaction: None,
+            receipt: Receipt::open(),
+            ledger: Ledger::default(),
+            latency: Histogram::default(),
+            scratch: (Vec::new(), Vec::new()),
+        }
+    }
+
+    pub(super) fn producer(&self) -> Arc<Producer> {
+        Arc::clone(&self.producer)
+    }
+
+    /// Whether more may be taken from the slot.
+    pub(super) fn has_room(&self) -> bool {
+        !self.ledger.is_full()
+    }
+
+    /// Whether everything sent is acknowledged and every position written down.
+    pub(super) fn is_settled(&self) -> bool {
+        self.ledger.is_empty() && self.position <= self.written
+    }
+
+    /// Takes one event. Not cancel-safe: an event is either wholly sent or the stream is given up.
+    pub(super) async fn take(&mut self, event: ReplicationEvent, stats: &mut Stats) -> Result<Flow, Error> {
+        match event {
+            ReplicationEvent::XLogData { wal_start, data, .. } => {
+                let lsn = Lsn(wal_start.as_u64());
+                stats.received_lsn = stats.received_lsn.max(lsn);
+                self.row_message(lsn, &data, stats).await
+            }
+            ReplicationEvent::Begin { xid, commit_time_micros, .. } => {
+                self.transaction = Some(Transaction::new(xid, commit_time_micros + EPOCH_2000_US));
+                Ok(Flow::On)
+            }
+            ReplicationEvent::Commit { end_lsn, .. } => self.commit(Lsn(end_lsn.as_u64()), stats).await,
+            ReplicationEvent::Message { transactional, lsn, prefix, content } => {
+                self.logical_message(transactional, Lsn(lsn.as_u64()), &prefix, &content).await
+            }
+            ReplicationEvent::KeepAlive { wal_end, .. } => {
+                let lsn = Lsn(wal_end.as_u64());
+                stats.received_lsn = stats.received_lsn.max(lsn);
+                // Nothing of ours lies before it, unless a transaction is just being received.
+                if self.transaction.is_none() {
+                    self.position = self.position.max(lsn);
+                }
+                Ok(Flow::On)
+            }
+            ReplicationEvent::StoppedAt { .. } => Err(Error::Ended),
+        }
+    }
+
+    async fn row_message(&mut self, lsn: Lsn, data: &[u8], stats: &mut Stats) -> Result<Flow, Error> {
+        match pgoutput::decode(data) {
+            Ok(Message::Insert { relation, new }) => self.row(lsn, data, relation, Row::Insert(new), stats).await,
+            Ok(Message::Update { relation, old, new }) => self.row(lsn, data, relation, Row::Update(old, new), stats).await,
+            Ok(Message::Delete { relation, old }) => self.row(lsn, data, relation, Row::Delete(old), stats).await,
+            Ok(Message::Relation(relation)) => {
+                self.describe(&relation).await?;
+                Ok(Flow::On)
+            }
+            Ok(Message::Truncate { relations }) => {
+                let tables: Vec<String> = relations.iter().filter_map(|id| Some(self.tables.get(id)?.table.id.to_string())).collect();
+                tracing::warn!(?tables, %lsn, "a table was truncated; as with Debezium's defaults, no event tells so");
+                stats.truncates += 1;
+                self.begin(lsn).await
+            }
+            Ok(Message::Other) => Ok(Flow::On),
+            // A row that cannot even be taken apart is set aside; a relation that cannot makes all rows after it unreadable.
+            Err(malformed) => match pgoutput::relation_of(data) {
+                Some(relation) => self.row(lsn, data, relation, Row::Malformed(malformed), stats).await,
+                None => Err(Error::Decode { lsn, source: malformed }),
+            },
+        }
+    }
+
+    /// Learns a table's shape. The catalog is asked each time: a key may have changed together with the columns.
+    async fn describe(&mut self, relation: &Relation<'_>) -> Result<(), Error> {
+        let mut connection = match self.catalog.take() {
+            Some(open) => open,
+            None => self.setup.source.connect().await?,
+        };
+        let before = self.tables.get(&relation.id);
+        let counted = before.map(|it| it.counted).unwrap_or_default();
+        let described = catalog::describe_relation(&mut connection, relation, before.map(|it| &it.key), &self.setup.topics).await;
+        // Where the description failed the connection is not kept: it may be what failed.
+        let (table, key) = described?;
+        self.catalog = Some(connection);
+        tracing::debug!(table = %table.id, columns = table.n_columns(), "table described");
+        self.tables.insert(relation.id, Described { table, key, counted });
+        Ok(())
+    }
+
+    /// Sends BEGIN before the first event of a transaction: only then is the LSN known that Debezium gives it.
+    async fn begin(&mut self, lsn: Lsn) -> Result<Flow, Error> {
+        let Some(transaction) = self.transaction.as_mut().filter(|it| !it.begun) else { return Ok(Flow::On) };
+        transaction.begun = true;
+        if !self.setup.transaction_metadata {
+            return Ok(Flow::On);
+        }
+        let (key, value) = &mut self.scratch;
+        boundaries::write_key(key, transaction, lsn.0);
+        boundaries::write_begin(value, transaction, lsn.0);
+        let outgoing = Outgoing { topic: &self.boundaries_topic, partition: Some(0), key: Some(key), value: Some(value), headers: &[] };
+        send(&self.producer, &self.stop, outgoing, &self.receipt).await
+    }
+
+    async fn row(&mut self, lsn: Lsn, data: &[u8], relation: u32, row: Row<'_>, stats: &mut Stats) -> Result<Flow, Error> {
+        if let Flow::Stopped = self.begin(lsn).await? {
+            return Ok(Flow::Stopped);
+        }
+        let metadata = self.setup.transaction_metadata;
+        let order = self.transaction.as_mut().map(|it| it.count(relation));
+        let (xid, at_us) = self.transaction.as_ref().map_or((None, 0), |it| (Some(it.xid), it.committed_at_us));
+        let previous_commit = self.last_commit.map(|it| it.0);
+        let origin = Origin { lsn: lsn.0, at_us, xid, previous_commit, snapshot: None, order: order.filter(|_| metadata) };
+        let Some(Described { table, counted, .. }) = self.tables.get_mut(&relation) else {
+            return self.dead_letter(lsn, data, None, &Poison::UnknownRelation { relation }, stats).await;
+        };
+        let wire = Wire { producer: &self.producer, stop: &self.stop, receipt: &self.receipt };
+        let now = SystemTime::now();
+        let sent = match row {
+            Row::Insert(new) => match self.envelope.write_new(table, b'c', new.values(), &origin, now) {
+                Ok(()) => wire.event(table, &self.envelope, &[]).await.map(|flow| (flow, Counted::Insert)),
+                Err(poison) => return self.dead_letter(lsn, data, Some(relation), &poison, stats).await,
+            },
+            Row::Delete(old) => match self.envelope.write_delete(table, &old, &origin, now) {
+                Ok(()) => wire.deletion(table, &self.envelope, &[]).await.map(|flow| (flow, Counted::Delete)),
+                Err(poison) => return self.dead_letter(lsn, data, Some(relation), &poison, stats).await,
+            },
+            Row::Update(old, new) => match self.envelope.write_update(table, old.as_ref(), new, &origin, now) {
+                Ok(Update::Same) => wire.event(table, &self.envelope, &[]).await.map(|flow| (flow, Counted::Update)),
+                Ok(Update::Moved) => {
+                    let Some(old) = old else { return Ok(Flow::On) };
+                    let order = self.transaction.as_mut().map(|it| it.count(relation)).filter(|_| metadata);
+                    let created = Origin { order, ..origin };
+                    match wire.moved(table, &mut self.envelope, &old, new, (&origin, &created), now).await? {
+                        Ok(flow) => Ok((flow, Counted::Moved)),
+                        Err(poison) => return self.dead_letter(lsn, data, Some(relation), &poison, stats).await,
+                    }
+                }
+                Err(poison) => return self.dead_letter(lsn, data, Some(relation), &poison, stats).await,
+            },
+            Row::Malformed(malformed) => return self.dead_letter(lsn, data, Some(relation), &Poison::Malformed(malformed), stats).await,
+        };
+        let (flow, what) = sent?;
+        match what {
+            Counted::Insert => counted.inserts += 1,
+            Counted::Update => counted.updates += 1,
+            Counted::Delete => counted.deletes += 1,
+            Counted::Moved => (counted.deletes, counted.inserts) = (counted.deletes + 1, counted.inserts + 1),
+        }
+        Ok(flow)
+    }
+
+    /// Sets a row aside with all that is needed to see what it was. It counts as an event of its table: END owes it.
+    async fn dead_letter(&mut self, lsn: Lsn, data: &[u8], relation: Option<u32>, poison: &Poison, stats: &mut Stats) -> Result<Flow, Error> {
+        let table = relation.and_then(|id| self.tables.get(&id)).map(|it| &it.table);
+        tracing::error!(error = %poison, %lsn, table = table.map(|it| it.id.to_string()), "a row cannot become an event; it goes to the dead letters");
+        stats.dead_letters += 1;
+        let out = &mut self.scratch.1;
+        out.clear();
+        out.extend_from_slice(b"{\"reason\":");
+        json::string(out, &crate::fault::chain(poison));
+        match table {
+            Some(table) => {
+                out.extend_from_slice(b",\"schema\":");
+                json::string(out, &table.id.schema);
+                out.extend_from_slice(b",\"table\":");
+                json::string(out, &table.id.table);
+            }
+            None => out.extend_from_slice(b",\"schema\":null,\"table\":null"),
+        }
+        out.extend_from_slice(b",\"op\":");
+        json::string(
+            out,
+            match data.first() {
+                Some(b'I') => "c",
+                Some(b'U') => "u",
+                _ => "d",
+            },
+        );
+        out.extend_from_slice(b",\"txId\":");
+        match &self.transaction {
+            Some(transaction) => json::integer(out, transaction.xid),
+            None => out.extend_from_slice(b"null"),
+        }
+        out.extend_from_slice(b",\"lsn\":");
+        json::integer(out, lsn.0);
+        out.extend_from_slice(b",\"bytes\":");
+        json::base64(out, data.iter().copied());
+        out.push(b'}');
+        let outgoing = Outgoing { topic: &self.dead_letters_topic, partition: Some(0), key: None, value: Some(out), headers: &[] };
+        send(&self.producer, &self.stop, outgoing, &self.receipt).await
+    }
+
+    async fn commit(&mut self, end: Lsn, stats: &mut Stats) -> Result<Flow, Error> {
+        let Some(transaction) = self.transaction.take() else { return Ok(Flow::On) };
+        let mut flow = Flow::On;
+        if transaction.begun && self.setup.transaction_metadata {
+            let (key, value) = &mut self.scratch;
+            boundaries::write_key(key, &transaction, end.0);
+            let tables = &self.tables;
+            boundaries::write_end(value, &transaction, end.0, |relation| Some(&tables.get(&relation)?.table));
+            let outgoing = Outgoing { topic: &self.boundaries_topic, partition: Some(0), key: Some(key), value: Some(value), headers: &[] };
+            flow = send(&self.producer, &self.stop, outgoing, &self.receipt).await?;
+        }
+        if let Flow::Stopped = flow {
+            return Ok(Flow::Stopped);
+        }
+        self.seal(Meaning::Commit { committed_at_us: transaction.committed_at_us });
+        self.last_commit = Some(end);
+        self.last_commit_at_us = transaction.committed_at_us;
+        self.position = self.position.max(end);
+        stats.received_lsn = stats.received_lsn.max(end);
+        Ok(Flow::On)
+    }
+
+    async fn logical_message(&mut self, transactional: bool, lsn: Lsn, prefix: &str, content: &[u8]) -> Result<Flow, Error> {
+        /// No relation has this id: messages are counted among a transaction's events, but owed by no table.
+        const NO_RELATION: u32 = 0;
+        if transactional && matches!(self.begin(lsn).await?, Flow::Stopped) {
+            return Ok(Flow::Stopped);
+        }
+        let metadata = self.setup.transaction_metadata;
+        let transaction = self.transaction.as_mut().filter(|_| transactional);
+        let (xid, at_us, order) =
+            transaction.map_or((None, self.last_commit_at_us, None), |it| (Some(it.xid), it.committed_at_us, Some(it.count(NO_RELATION))));
+        // A message outside of transactions takes effect, and so ends, where it stands.
+        let previous_commit = self.last_commit.map(|it| it.0);
+        let origin = Origin { lsn: lsn.0, at_us, xid, previous_commit, snapshot: None, order: order.filter(|_| metadata) };
+        self.envelope.write_message(prefix, content, &origin, SystemTime::now());
+        let outgoing =
+            Outgoing { topic: &self.messages_topic, partition: None, key: Some(&self.envelope.key), value: Some(&self.envelope.value), headers: &[] };
+        let flow = send(&self.producer, &self.stop, outgoing, &self.receipt).await?;
+        if !transactional && self.transaction.is_none() {
+            self.seal(Meaning::Other);
+        }
+        Ok(flow)
+    }
+
+    fn seal(&mut self, meaning: Meaning) {
+        let receipt = std::mem::replace(&mut self.receipt, Receipt::open());
+        self.producer.seal(&receipt);
+        self.ledger.push(receipt, meaning);
+    }
+
+    /// Counts what the broker acknowledged, oldest first. The position the slot may be told, if it moved.
+    pub(super) fn settle(&mut self, stats: &mut Stats) -> Result<Option<Lsn>, Error> {
+        self.producer.check()?;
+        let mut confirmed = None;
+        while let Some((acked_at_us, meaning)) = self.ledger.pop_acked() {
+            match meaning {
+                Meaning::Commit { committed_at_us } => {
+                    self.latency.record(acked_at_us - committed_at_us);
+                    stats.transactions += 1;
+                    stats.last_commit_at = DateTime::from_timestamp_micros(committed_at_us);
+                }
+                Meaning::Position(lsn) => {
+                    confirmed = Some(lsn);
+                    stats.confirmed_lsn = stats.confirmed_lsn.max(lsn);
+                }
+                Meaning::Other => {}
+            }
+        }
+        Ok(confirmed)
+    }
+
+    /// Sends a heartbeat when one is due: the slot can be moved, or consumers should see that we live.
+    pub(super) fn beat(&mut self, now: Instant, stats: &mut Stats) -> Result<(), Error> {
+        let since = now.saturating_duration_since(self.written_at);
+        let interval = if self.ledger.is_empty() { POSITION_INTERVAL_IDLE } else { POSITION_INTERVAL };
+        let due = (self.position > self.written && since >= interval) || since >= self.setup.heartbeat;
+        if due { self.write_position(now, stats) } else { Ok(()) }
+    }
+
+    /// At the end no interval is kept.
+    pub(super) fn write_position_if_behind(&mut self, stats: &mut Stats) -> Result<(), Error> {
+        if self.position > self.written { self.write_position(Instant::now(), stats) } else { Ok(()) }
+    }
+
+    /// Writes the position down, in a heartbeat. With a full queue nothing happens, the next one will do.
+    fn write_position(&mut self, now: Instant, stats: &mut Stats) -> Result<(), Error> {
+        let position = Position { snapshot: self.setup.snapshot, confirmed: self.position, last_commit: self.last_commit };
+        let header = position.to_header();
+        let value = heartbeat::value(SystemTime::now());
+        let receipt = Receipt::open();
+        let headers = [(heartbeat::HEADER, header.as_slice())];
+        let outgoing = Outgoing { topic: &self.heartbeat_topic, partition: Some(0), key: Some(&self.heartbeat_key), value: Some(&value), headers: &headers };
+        if self.producer.try_send(outgoing, &receipt)? {
+            self.producer.seal(&receipt);
+            self.ledger.push(receipt, Meaning::Position(self.position));
+            self.written = self.position;
+            self.written_at = now;
+            stats.heartbeats += 1;
+        }
+        Ok(())
+    }
+
+    /// Brings the counters that are kept per relation, and the histogram, into the stats; `before` are the sums of earlier streams.
+    pub(super) fn report(&self, stats: &mut Stats, before: &Stats) {
+        for (name, earlier) in &before.tables {
+            stats.tables.insert(name.clone(), *earlier);
+        }
+        for described in self.tables.values() {
+            let sum = stats.tables.entry(described.table.id.to_string()).or_default();
+            sum.inserts += described.counted.inserts;
+            sum.updates += described.counted.updates;
+            sum.deletes += described.counted.deletes;
+        }
+        stats.latency = self.latency.latency();
+        stats.queued = self.producer.n_waiting();
+        stats.broker_away = self.producer.is_broker_away();
+        stats.lag_bytes = stats.source_lsn.0.saturating_sub(stats.confirmed_lsn.0);
+    }
+}
+
+enum Row<'a> {
+    Insert(Tuple<'a>),
+    Update(Option<Old<'a>>, Tuple<'a>),
+    Delete(Old<'a>),
+    Malformed(pgoutput::Malformed),
+}
+
+enum Counted {
+    Insert,
+    Update,
+    Delete,
+    Moved,
+}
+
+/// What it takes to send: borrowed apart from the tables, which are borrowed too.
+struct Wire<'a> {
+    producer: &'a Producer,
+    stop: &'a CancellationToken,
+    receipt: &'a Arc<Receipt>,
+}
+
+impl Wire<'_> {
+    async fn event(&self, table: &Table, envelope: &Envelope, headers: &[(&'static str, &[u8])]) -> Result<Flow, Error> {
+        let outgoing = Outgoing { topic: &table.topic, partition: None, key: key_of(&envelope.key), value: Some(&envelope.value), headers };
+        send(self.producer, self.stop, outgoing, self.receipt).await
+    }
+
+    /// The event and its tombstone.
+    async fn deletion(&self, table: &Table, envelope: &Envelope, headers: &[(&'static str, &[u8])]) -> Result<Flow, Error> {
+        if let Flow::Stopped = self.event(table, envelope, headers).await? {
+            return Ok(Flow::Stopped);
+        }
+        let tombstone = Outgoing { topic: &table.topic, partition: None, key: key_of(&envelope.key), value: None, headers };
+        send(self.producer, self.stop, tombstone, self.receipt).await
+    }
+
+    /// A changed key: delete, tombstone and create, each with the other's key as a header.
+    async fn moved(
+        &self,
+        table: &Table,
+        envelope: &mut Envelope,
+        old: &Old<'_>,
+        new: Tuple<'_>,
+        (deleted, created): (&Origin, &Origin),
+        now: SystemTime,
+    ) -> Result<Result<Flow, Poison>, Error> {
+        // The update that turned out to be a move left both keys behind.
+        let (old_key, new_key) = (envelope.old_key.clone(), envelope.key.clone());
+        if let Err(poison) = envelope.write_delete(table, old, deleted, now) {
+            return Ok(Err(poison));
+        }
+        if let Flow::Stopped = self.deletion(table, envelope, &[("__debezium.newkey", &new_key)]).await? {
+            return Ok(Ok(Flow::Stopped));
+        }
+        if let Err(poison) = envelope.write_moved(table, old, new, created, now) {
+            return Ok(Err(poison));
+        }
+        self.event(table, envelope, &[("__debezium.oldkey", &old_key)]).await.map(Ok)
+    }
+}
+
+fn key_of(key: &[u8]) -> Option<&[u8]> {
+    (!key.is_empty()).then_some(key)
+}
+
+/// Puts a message into the queue. A full queue is waited for, unless the stage is told to stop.
+async fn send(producer: &Producer, stop: &CancellationToken, outgoing: Outgoing<'_>, receipt: &Arc<Receipt>) -> Result<Flow, Error> {
+    if producer.try_send(outgoing, receipt)? {
+        return Ok(Flow::On);
+    }
+    tokio::select! {
+        () = stop.cancelled() => Ok(Flow::Stopped),
+        sent = producer.send(outgoing, receipt) => Ok(sent.map(|()| Flow::On)?),
+    }
+}
