@@ -2,3 +2,6 @@
 mod s3;
 
 mod bank;
+
+#[cfg(test)]
+mod dag;
