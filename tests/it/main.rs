@@ -3,5 +3,5 @@ mod s3;
 
 mod bank;
 
-#[cfg(test)]
+
 mod dag;
