@@ -42,3 +42,14 @@ pub mod dag;
 pub mod refresh;
 
 pub mod embedded;
+
+pub mod config;
+
+pub mod cli;
+pub mod commands;
+pub mod exit;
+pub mod headless;
+pub mod interrupt;
+pub mod pipeline;
+pub mod telemetry;
+pub mod tui;

@@ -22,6 +22,13 @@ pub struct Control<S, W = Phase> {
     pub stop: CancellationToken,
 }
 
+/// A stage that is started again after a failure gets the same channels.
+impl<S, W> Clone for Control<S, W> {
+    fn clone(&self) -> Self {
+        Self { stats: self.stats.clone(), wanted: self.wanted.clone(), stop: self.stop.clone() }
+    }
+}
+
 impl<S, W: Clone> Control<S, W> {
     /// The next wish of the operator. Cancel-safe; pending for ever once the control room is gone.
     pub async fn next_wish(&mut self) -> W {

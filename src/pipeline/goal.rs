@@ -82,10 +82,7 @@ impl Pipeline {
     async fn run_both_dags(&self) -> Result<(), Failure> {
         let dags = self.dags();
         let run = dags.trigger(refresh::LOADING).await.map_err(|refusal| Failure::new(Exit::Away, refusal.to_string()))?;
-        let over = tokio::select! {
-            over = dags.finished(&run) => over.map_err(|gone| Failure::new(Exit::Bug, gone.to_string()))?,
-            failure = self.first_failure() => return Err(failure),
-        };
+        let over = self.finished(&run).await?;
         match over.iter().find(|it| it.state == RunState::Failed) {
             Some(failed) => Err(failed_run(failed)),
             None => self.check_reconciled(),
@@ -93,8 +90,7 @@ impl Pipeline {
     }
 
     fn check_reconciled(&self) -> Result<(), Failure> {
-        let snapshot = self.refresh_stats();
-        match &snapshot.reconcile {
+        match &self.refresh.stats().borrow().reconcile {
             Some(report) if report.ok => Ok(()),
             Some(_) => Err(Failure::new(Exit::Data, "reconciliation differs").with_remedy("`ledgerline reconcile` names table and keys")),
             None => Err(Failure::new(Exit::Bug, "the transformation ended without a reconciliation")),

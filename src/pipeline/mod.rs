@@ -4,12 +4,7 @@
 //! supervises them by what their errors mean, publishes one snapshot ten times a second, and carries an operator's commands
 //! to the stage they are for. It holds no logic of theirs.
 
-use std::{
-    collections::BTreeMap,
-    num::NonZeroU32,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use chrono::Utc;
 use tokio::{
@@ -22,8 +17,12 @@ use tracing::{info, warn};
 use crate::{
     bank, cdc,
     change::Topics,
-    config::Loaded,
-    dag, lake,
+    config::{EMBEDDED, Loaded},
+    dag, dbt,
+    embedded::kafka::Broker,
+    exit::{Exit, Failure},
+    fault::chain,
+    lake,
     refresh::{self, Refresh},
     stage::{self, Phase},
 };
@@ -31,6 +30,7 @@ use crate::{
 pub mod command;
 pub mod data_dir;
 pub mod goal;
+mod obey;
 pub mod services;
 pub mod snapshot;
 pub mod socket;
@@ -42,6 +42,7 @@ use command::{Command, Reply, StageName};
 use data_dir::DataDir;
 use services::Services;
 use snapshot::{Sampler, Snapshot, Sources};
+use obey::obey;
 use supervise::{Health, supervise};
 
 /// Commands that wait to be carried out; whoever asks beyond that waits himself.
@@ -115,6 +116,19 @@ struct Running {
 pub struct Commander(mpsc::Sender<(Command, oneshot::Sender<Reply>)>);
 
 impl Commander {
+    /// Asks a pipeline in another process.
+    pub fn remote(mut client: socket::Client) -> Self {
+        let (asks, mut asked) = mpsc::channel::<(Command, oneshot::Sender<Reply>)>(COMMANDS_MAX);
+        tokio::spawn(async move {
+            while let Some((command, reply)) = asked.recv().await {
+                let answer = client.ask(command).await.unwrap_or_else(|error| Reply::refused(format!("the pipeline does not answer: {error}")));
+                // Whoever asked may have left.
+                let _ = reply.send(answer);
+            }
+        });
+        Self(asks)
+    }
+
     /// Carries a command to its stage and waits for the answer, not for the effect: that shows in a snapshot.
     pub async fn ask(&self, command: Command) -> Reply {
         let (reply, answer) = oneshot::channel();
@@ -131,103 +145,301 @@ pub struct Pipeline {
     /// Held until everything has stopped: then the data dir is free for the next.
     _data_dir: DataDir,
     stages: BTreeMap<StageName, Running>,
+    wishes: Wishes,
     snapshots: watch::Receiver<Arc<Snapshot>>,
     commander: Commander,
-    dags: dag::Handle,
-    refresh: Option<Arc<Refresh>>,
+    refresh: Arc<Refresh>,
     topics: Topics,
     /// Ends the helpers (sampler, socket, commands); stages have tokens of their own.
     helpers: CancellationToken,
+    /// Cancelled when an operator asks the pipeline to end.
     shutdown: CancellationToken,
+}
+
+/// Where an operator's wishes go.
+#[derive(Clone)]
+struct Wishes {
+    bank: watch::Sender<bank::Wish>,
+    cdc: watch::Sender<Phase>,
+    lake: watch::Sender<Phase>,
+    scheduler: watch::Sender<Phase>,
+    /// Replaced when the engine is started again.
+    dags: watch::Receiver<dag::Handle>,
 }
 
 impl Pipeline {
     /// Starts the stages in flow order on services that are ready.
     pub async fn start(loaded: &Loaded, data_dir: DataDir, services: Services, parts: Parts, mode: Mode) -> Result<Self, Error> {
-        let config = &loaded.config;
         let addresses = services.addresses.clone();
-        let topics = Topics::new(config.cdc.topic_prefix.clone());
-        let helpers = CancellationToken::new();
-        let wish = bank::Wish { phase: Phase::Running, rate: mode.rate, steps: 0 };
-        let (bank_handle, bank_control) = stage::control(bank::Stats::default(), wish.clone(), &CancellationToken::new());
-        let (cdc_handle, cdc_control) = stage::control(cdc::Stats::default(), Phase::Running, &CancellationToken::new());
-        let (lake_handle, lake_control) = stage::control(lake::Stats::default(), Phase::Running, &CancellationToken::new());
-        let (dag_handle, dag_control) = stage::control(dag::Stats::default(), Phase::Running, &CancellationToken::new());
+        let topics = Topics::new(loaded.config.cdc.topic_prefix.clone());
+        let (helpers, shutdown) = (CancellationToken::new(), CancellationToken::new());
+        let refresh = Arc::new(Refresh::new(refresh_rooms(loaded, &data_dir, &services, &topics))?);
+
+        let apart = CancellationToken::new();
+        let (bank, bank_control) = stage::control(bank::Stats::default(), bank::Wish { rate: mode.rate, ..bank::Wish::default() }, &apart);
+        let (cdc, cdc_control) = stage::control(cdc::Stats::default(), Phase::Running, &apart);
+        let (lake, lake_control) = stage::control(lake::Stats::default(), Phase::Running, &apart);
+        let (scheduler, scheduler_control) = stage::control(dag::Stats::default(), Phase::Running, &apart);
+        let (dags_in, dags) = watch::channel(dag::Handle::new(dag::orders().0, scheduler.stats.clone()));
 
         let mut stages = BTreeMap::new();
-        let mut launch = |name: StageName, stop: &CancellationToken, life: Life| {
+        let mut launch = |name: StageName, stop: &CancellationToken, start: Start| {
             if parts.has(name) {
-                stages.insert(name, spawn_stage(name, stop, life));
+                stages.insert(name, Running::launch(name, stop.clone(), start));
             }
         };
-
-        let (url, bank_config, external) = (addresses.source.clone(), config.bank.clone(), config.source.url != crate::config::EMBEDDED);
-        let bank_allowed = config.bank.enabled && (!external || loaded.bank_enabled_explicitly);
-        let goal = mode.goal;
-        launch(StageName::Bank, &bank_handle.stop, lives(move |_| {
-            let (url, config, control) = (url.clone(), bank_config.clone(), bank_control.clone());
-            async move {
-                if !bank_allowed {
-                    return Ok(());
-                }
-                bank::run(url, config, goal, Utc::now(), control).await
-            }
-        }));
-
-        let (source, state, kafka) = (addresses.source.clone(), addresses.state.clone(), addresses.kafka.clone());
-        let (stream_config, cdc_config) = (config.stream.clone(), config.cdc.clone());
-        launch(StageName::Cdc, &cdc_handle.stop, lives(move |_| {
-            cdc::run(source.clone(), state.clone(), kafka.clone(), stream_config.clone(), cdc_config.clone(), cdc_control.clone())
-        }));
-
-        let (access, kafka, lake_config, lake_topics) = (addresses.lake.clone(), addresses.kafka.clone(), config.lake.clone(), topics.clone());
-        launch(StageName::Lake, &lake_handle.stop, lives(move |_| {
-            let (access, kafka, topics, config, control) = (access.clone(), kafka.clone(), lake_topics.clone(), lake_config.clone(), lake_control.clone());
-            async move { lake::run(lake::Store::connect(&access).await?, kafka, topics, config, control).await }
-        }));
-
-        let (orders, requests) = dag::orders();
-        let dags = dag::Handle::new(orders, dag_handle.stats.clone());
-        let mut refresh = None;
-        let mut refresh_stats = watch::channel(refresh::Stats::default()).1;
-        if parts.scheduler {
-            let room = Arc::new(Refresh::new(refresh::Rooms {
-                lake: addresses.lake.clone(),
-                topics: topics.clone(),
-                source: addresses.source.clone(),
-                state: addresses.state.clone(),
-                warehouse: addresses.warehouse.clone(),
-                python: addresses.python.clone(),
-                dbt: config.dbt.clone(),
-                dbt_project: loaded.dbt_project_dir(),
-                dbt_work: data_dir.join("dbt"),
-                mail: config.mail.clone(),
-                mail_folder: data_dir.join("mail"),
-                mail_password: loaded.secrets.mail_password.clone(),
-            })?);
-            refresh_stats = room.stats();
-            let (plans, deal) = room.plans(&config.dag, mode.schedule)?;
-            let requests = Arc::new(tokio::sync::Mutex::new(requests));
-            let state = addresses.state.clone();
-            launch(StageName::Scheduler, &dag_handle.stop, lives(move |_| {
-                dag::run(plans.clone(), deal.clone(), state.clone(), Arc::clone(&requests), dag_control.clone())
-            }));
-            refresh = Some(room);
-        }
+        launch(StageName::Bank, &bank.stop, bank_start(loaded, &services, mode.goal, bank_control));
+        launch(StageName::Cdc, &cdc.stop, cdc_start(loaded, &services, cdc_control));
+        launch(StageName::Lake, &lake.stop, lake_start(loaded, &services, &topics, lake_control));
+        launch(StageName::Scheduler, &scheduler.stop, scheduler_start(loaded, &services, &refresh, mode.schedule, dags_in, scheduler_control));
 
         let sources = Sources {
-            profile: config.profile.clone(),
-            seed: config.bank.seed,
-            health: stages.iter().map(|(name, stage)| (*name, stage.health.clone())).collect(),
-            wanted: BTreeMap::new(),
-            wish: bank_handle.wanted.subscribe(),
-            bank: bank_handle.stats.clone(),
-            cdc: cdc_handle.stats.clone(),
-            lake: lake_handle.stats.clone(),
-            dag: dag_handle.stats.clone(),
-            refresh: refresh_stats,
+            profile: loaded.config.profile.clone(),
+            seed: loaded.config.bank.seed,
+            health: stages.iter().map(|(name, stage): (&StageName, &Running)| (*name, stage.health.clone())).collect(),
+            wanted: BTreeMap::from([
+                (StageName::Cdc, cdc.wanted.subscribe()),
+                (StageName::Lake, lake.wanted.subscribe()),
+                (StageName::Scheduler, scheduler.wanted.subscribe()),
+            ]),
+            wish: bank.wanted.subscribe(),
+            bank: bank.stats.clone(),
+            cdc: cdc.stats.clone(),
+            lake: lake.stats.clone(),
+            dag: scheduler.stats.clone(),
+            refresh: refresh.stats(),
             services: services.health(),
         };
-        todo!("{sources:?}")
+        let mut sampler = Sampler::new(sources, Utc::now());
+        let (snapshots_in, snapshots) = watch::channel(Arc::new(sampler.sample(Utc::now(), std::time::Instant::now())));
+        tokio::spawn(sampler.run(snapshots_in, helpers.clone()));
+        if let Some(broker) = services.broker() {
+            tokio::spawn(hold_retention(broker, lake.stats.clone(), helpers.clone()));
+        }
+
+        let wishes = Wishes { bank: bank.wanted, cdc: cdc.wanted, lake: lake.wanted, scheduler: scheduler.wanted, dags };
+        let (asks, asked) = mpsc::channel(COMMANDS_MAX);
+        let commander = Commander(asks);
+        let again = stages.iter().map(|(name, stage)| (*name, Arc::clone(&stage.again))).collect();
+        tokio::spawn(obey(wishes.clone(), again, snapshots.clone(), asked, shutdown.clone()));
+
+        let path = data_dir::socket_path(&loaded.data_dir());
+        let listening = socket::serve(&path, commander.clone(), snapshots.clone(), services.printed(), helpers.clone()).await;
+        let pipeline = Self { services, _data_dir: data_dir, stages, wishes, snapshots, commander, refresh, topics, helpers, shutdown };
+        if let Err(source) = listening {
+            pipeline.stop().await;
+            return Err(Error::Socket { path: path.display().to_string(), source });
+        }
+        Ok(pipeline)
+    }
+
+    pub fn snapshots(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.snapshots.clone()
+    }
+
+    pub fn commander(&self) -> Commander {
+        self.commander.clone()
+    }
+
+    pub fn services(&self) -> &Services {
+        &self.services
+    }
+
+    pub fn refresh(&self) -> &Refresh {
+        &self.refresh
+    }
+
+    /// What an operator would see if the next sample were now: the last one of an invocation must not be old.
+    pub fn fresh_snapshot(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.snapshots.borrow())
+    }
+
+    /// Waits until a run is over, and those it triggered.
+    pub async fn finished(&self, run: &dag::RunRef) -> Result<Vec<Arc<dag::RunStats>>, Failure> {
+        let dags = self.dags();
+        tokio::select! {
+            over = dags.finished(run) => over.map_err(|gone| Failure::new(Exit::Bug, gone.to_string())),
+            failure = self.first_failure() => Err(failure),
+        }
+    }
+
+    /// Runs that ended in or after the start of this invocation, oldest first; from the history, which keeps more than a screen.
+    pub async fn runs_of_this_invocation(&self) -> Vec<dag::Run> {
+        let since = self.snapshots.borrow().started_at;
+        let history = dag::History::new(&self.services.addresses.state);
+        let mut runs = Vec::new();
+        for dag_id in refresh::DAG_IDS {
+            match history.runs(dag_id, u32::MAX >> 1).await {
+                Ok(found) => runs.extend(found.into_iter().rev().filter(|run| run.finished_at.is_none_or(|at| at >= since))),
+                Err(error) => warn!(error = %chain(&error), dag_id, "its runs are missing from the summary"),
+            }
+        }
+        runs
+    }
+
+    /// No scheduled runs from here on; those in progress go on.
+    async fn hold_schedule(&self) {
+        self.wishes.scheduler.send_replace(Phase::Paused);
+        let mut stats = self.snapshots();
+        // The engine answers within a pulse; without one there is no schedule to hold.
+        let held = stats.wait_for(|it| it.dag.phase == Phase::Paused);
+        if tokio::time::timeout(STAGE_END_MAX, held).await.is_err() {
+            warn!("the scheduler did not pause in time");
+        }
+    }
+
+    /// Fires when an operator asked the pipeline to end.
+    pub async fn shutdown_asked(&self) {
+        self.shutdown.cancelled().await;
+    }
+
+    fn dags(&self) -> dag::Handle {
+        self.wishes.dags.borrow().clone()
+    }
+
+    /// Ends one stage and waits for it, at most [`STAGE_END_MAX`].
+    async fn stop_stage(&self, name: StageName) {
+        let Some(stage) = self.stages.get(&name) else { return };
+        stage.stop.cancel();
+        let mut health = stage.health.clone();
+        let ended = health.wait_for(|it| *it == Health::Ended);
+        if tokio::time::timeout(STAGE_END_MAX, ended).await.is_err() {
+            warn!(stage = %name, "did not end in time and was cut off; what it had acknowledged is durable");
+            stage.life.abort();
+        }
+    }
+
+    /// Stops the stages in flow order, then the services. Afterwards nothing is left running and the data dir is free.
+    pub async fn stop(mut self) {
+        for name in StageName::ALL {
+            self.stop_stage(name).await;
+        }
+        self.refresh.stop().await;
+        self.helpers.cancel();
+        self.services.stop().await;
+        info!("stopped");
+    }
+}
+
+/// How a stage is begun, as often as it must be.
+type Start = Box<dyn FnMut() -> Life + Send>;
+type Life = Pin<Box<dyn Future<Output = Result<(), supervise::Failed>> + Send>>;
+
+impl Running {
+    fn launch(name: StageName, stop: CancellationToken, start: Start) -> Self {
+        let (health_in, health) = watch::channel(Health::Working);
+        let again = Arc::new(Notify::new());
+        let (asked, stopped) = (Arc::clone(&again), stop.clone());
+        let life = tokio::spawn(async move { supervise(name, start, health_in, &asked, stopped).await });
+        Self { health, again, stop, life }
+    }
+}
+
+fn bank_start(loaded: &Loaded, services: &Services, goal: bank::Goal, control: stage::Control<bank::Stats, bank::Wish>) -> Start {
+    let (url, config) = (services.addresses.source.clone(), loaded.config.bank.clone());
+    let ground = ground(loaded);
+    Box::new(move || {
+        let (url, config, control) = (url.clone(), config.clone(), control.clone());
+        // What was posted before a failure counts towards the goal.
+        let goal = match goal {
+            bank::Goal::Transactions(wished) => bank::Goal::Transactions(wished.saturating_sub(control.stats.borrow().transactions)),
+            bank::Goal::Forever => bank::Goal::Forever,
+        };
+        Box::pin(async move {
+            if !config.enabled {
+                return Ok(());
+            }
+            bank::prepare(&url, ground).await?;
+            Ok(bank::run(url, config, goal, Utc::now(), control).await?)
+        })
+    })
+}
+
+fn ground(loaded: &Loaded) -> bank::Ground {
+    match (loaded.config.source.url == EMBEDDED, loaded.bank_enabled_explicitly) {
+        (true, _) => bank::Ground::Ours,
+        (false, true) => bank::Ground::Permitted,
+        (false, false) => bank::Ground::Foreign,
+    }
+}
+
+fn cdc_start(loaded: &Loaded, services: &Services, control: stage::Control<cdc::Stats>) -> Start {
+    let addresses = services.addresses.clone();
+    let (stream, config) = (loaded.config.stream.clone(), loaded.config.cdc.clone());
+    // The tables to capture must be there before the publication is made; in our own database we know who makes them.
+    let ours = loaded.config.source.url == EMBEDDED && loaded.config.bank.enabled;
+    Box::new(move || {
+        let (source, state, kafka) = (addresses.source.clone(), addresses.state.clone(), addresses.kafka.clone());
+        let (stream, config, control) = (stream.clone(), config.clone(), control.clone());
+        Box::pin(async move {
+            if ours {
+                bank::prepare(&source, bank::Ground::Ours).await?;
+            }
+            Ok(cdc::run(source, state, kafka, stream, config, control).await?)
+        })
+    })
+}
+
+fn lake_start(loaded: &Loaded, services: &Services, topics: &Topics, control: stage::Control<lake::Stats>) -> Start {
+    let (access, kafka) = (services.addresses.lake.clone(), services.addresses.kafka.clone());
+    let (config, topics) = (loaded.config.lake.clone(), topics.clone());
+    Box::new(move || {
+        let (access, kafka, topics, config, control) = (access.clone(), kafka.clone(), topics.clone(), config.clone(), control.clone());
+        Box::pin(async move {
+            let store = lake::Store::connect(&access).await?;
+            Ok(lake::run(store, kafka, topics, config, control).await?)
+        })
+    })
+}
+
+fn scheduler_start(
+    loaded: &Loaded,
+    services: &Services,
+    refresh: &Arc<Refresh>,
+    schedule: dag::Schedule,
+    dags: watch::Sender<dag::Handle>,
+    control: stage::Control<dag::Stats>,
+) -> Start {
+    let config = dag::Config { schedule, ..loaded.config.dag.clone() };
+    let (state, refresh) = (services.addresses.state.clone(), Arc::clone(refresh));
+    Box::new(move || {
+        let (orders, requests) = dag::orders();
+        dags.send_replace(dag::Handle::new(orders, control.stats.subscribe()));
+        let (config, state, refresh, control) = (config.clone(), state.clone(), Arc::clone(&refresh), control.clone());
+        Box::pin(async move {
+            let deal = refresh.deal(&config)?;
+            Ok(dag::run(deal, dag::History::new(&state), requests, control).await?)
+        })
+    })
+}
+
+fn refresh_rooms(loaded: &Loaded, data_dir: &DataDir, services: &Services, topics: &Topics) -> refresh::Rooms {
+    let addresses = &services.addresses;
+    refresh::Rooms {
+        lake: addresses.lake.clone(),
+        topics: topics.clone(),
+        source: addresses.source.clone(),
+        state: addresses.state.clone(),
+        warehouse: addresses.warehouse.clone(),
+        python: addresses.python.clone(),
+        dbt: dbt::Config { project_dir: loaded.dbt_project_dir(), ..loaded.config.dbt.clone() },
+        dbt_work: data_dir.join("dbt"),
+        mail: loaded.config.mail.clone(),
+        mail_folder: data_dir.join("mail"),
+        mail_password: loaded.secrets.mail_password.clone(),
+    }
+}
+
+/// The embedded broker may forget only what the lake holds.
+async fn hold_retention(broker: Arc<Broker>, mut lake: watch::Receiver<lake::Stats>, stop: CancellationToken) {
+    loop {
+        for lane in &lake.borrow_and_update().lanes {
+            // A lane whose position is not found yet holds everything.
+            broker.hold_retention(&lane.topic, lane.partition, lane.landed_offset.unwrap_or_default());
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = lake.changed() => if changed.is_err() { return },
+        }
     }
 }

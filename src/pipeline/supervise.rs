@@ -39,6 +39,27 @@ pub enum Health {
     Ended,
 }
 
+/// A stage's error without its type: what it says, and what it means.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct Failed {
+    text: String,
+    fault: Fault,
+}
+
+impl Failed {
+    pub fn fault(&self) -> Fault {
+        self.fault.clone()
+    }
+}
+
+/// Every room's error becomes one; itself it is no [`Diagnose`], so that this can be said for all of them.
+impl<E: Diagnose> From<E> for Failed {
+    fn from(error: E) -> Self {
+        Self { text: chain(&error), fault: error.fault() }
+    }
+}
+
 /// What a stage's failures mean for the exit code, decided where the error was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
@@ -60,11 +81,10 @@ impl Health {
 }
 
 /// Runs a stage until it ends, reporting its health. `again` makes a held or failed stage try at once.
-pub async fn supervise<E, F, Run>(name: StageName, mut start: F, health: watch::Sender<Health>, again: &Notify, stop: CancellationToken)
+pub async fn supervise<F, Run>(name: StageName, mut start: F, health: watch::Sender<Health>, again: &Notify, stop: CancellationToken)
 where
-    E: Diagnose,
     F: FnMut() -> Run,
-    Run: Future<Output = Result<(), E>>,
+    Run: Future<Output = Result<(), Failed>>,
 {
     let mut backoff = Backoff::new(RESTART_FIRST, RESTART_MAX);
     let mut since: Option<DateTime<Utc>> = None;
@@ -100,7 +120,7 @@ where
             backoff.reset();
             since = None;
         }
-        let reason = chain(&error);
+        let reason = error.to_string();
         let first = since.is_none();
         let since_when = *since.get_or_insert_with(Utc::now);
         let wait = match error.fault() {
@@ -172,7 +192,7 @@ mod tests {
         let counted = Arc::clone(&tries);
         let start = move || {
             let tries = counted.fetch_add(1, Ordering::SeqCst);
-            async move { if tries < 3 { Err(Away(Fault::Transient)) } else { Ok(()) } }
+            async move { if tries < 3 { Err(Away(Fault::Transient).into()) } else { Ok(()) } }
         };
 
         supervise(StageName::Bank, start, health, &Notify::new(), CancellationToken::new()).await;
@@ -190,7 +210,7 @@ mod tests {
         let life = tokio::spawn(async move {
             let start = move || {
                 counted.fetch_add(1, Ordering::SeqCst);
-                std::future::ready(Err(Away(Fault::Bug)))
+                std::future::ready(Err(Away(Fault::Bug).into()))
             };
             supervise(StageName::Bank, start, health, &asked, stopped).await;
         });

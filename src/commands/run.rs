@@ -1,0 +1,115 @@
+//! `run`, and one stage alone: services, then the pipeline, then a front end until it ends.
+
+use std::{io::IsTerminal as _, num::NonZeroU32};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    bank,
+    cli::{LogFormat, Run},
+    config::Loaded,
+    dag,
+    exit::{Exit, Failure},
+    headless::{self, Ends},
+    pipeline::{Mode, Parts, Pipeline, goal::Goal, services::Needs},
+    tui,
+    units::Span,
+};
+
+/// How many transactions `--once` posts where nobody says.
+const TRANSACTIONS_ONCE: u64 = 1_000;
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Alone {
+    Bank,
+    Cdc,
+    Lake,
+    Scheduler,
+}
+
+pub(super) async fn run(loaded: &Loaded, flags: Run, log_format: LogFormat) -> Result<Exit, Failure> {
+    let interrupted = super::interrupts();
+    let console = !flags.no_tui && std::io::stdout().is_terminal() && std::io::stdin().is_terminal();
+    let rate = bank::Rate::PerSecond(loaded.config.bank.rate);
+    let mode = if flags.once {
+        let rate = if flags.rate.is_some() { rate } else { bank::Rate::Unlimited };
+        // The two runs at the end are the ones that count; others would only take time before them.
+        Mode { goal: bank::Goal::Transactions(flags.transactions.unwrap_or(TRANSACTIONS_ONCE)), rate, schedule: dag::Schedule::Never }
+    } else {
+        Mode { goal: bank::Goal::Forever, rate, schedule: loaded.config.dag.schedule.clone() }
+    };
+    let goal = match (flags.once, flags.for_) {
+        (true, _) => Some(Goal::Once),
+        (false, Some(duration)) => Some(Goal::For(*duration)),
+        (false, None) => None,
+    };
+    let ends = Ends { goal, deadline: flags.deadline.map(|it| *it) };
+    let started = std::time::Instant::now();
+    let launching = launch(loaded, Parts::ALL, Needs::ALL, mode, console, log_format, &interrupted);
+    let (pipeline, _logs) = match ends.deadline {
+        Some(deadline) => match tokio::time::timeout(deadline, launching).await {
+            Ok(launched) => launched?,
+            Err(_) => return Err(Failure::new(Exit::Deadline, "the deadline passed while preparing").with_remedy("the next start goes on from here")),
+        },
+        None => launching.await?,
+    };
+    let ends = Ends { deadline: ends.deadline.map(|it| it.saturating_sub(started.elapsed())), ..ends };
+    if !console {
+        return headless::run(pipeline, ends, flags.summary.as_deref(), interrupted).await;
+    }
+    let watched = tui::Watched { snapshots: pipeline.snapshots(), commander: pipeline.commander(), owned: true };
+    let outcome = tokio::select! {
+        left = tui::run(watched, &flags.look, &interrupted) => left.map_err(|error| Failure::new(Exit::Away, format!("the console ended: {error}"))),
+        reached = headless::reach(&pipeline, &ends, &interrupted) => reached,
+    };
+    headless::conclude(pipeline, outcome, ends.goal.is_some(), flags.summary.as_deref()).await
+}
+
+/// One stage alone, for running on several hosts: always as lines.
+pub(super) async fn stage_alone(loaded: &Loaded, alone: Alone, for_: Option<Span>, log_format: LogFormat) -> Result<Exit, Failure> {
+    let interrupted = super::interrupts();
+    let (parts, needs) = match alone {
+        Alone::Bank => (Parts { bank: true, ..Parts::NONE }, Needs::POSTGRES),
+        Alone::Cdc => (Parts { cdc: true, ..Parts::NONE }, Needs { stream: true, ..Needs::POSTGRES }),
+        Alone::Lake => (Parts { lake: true, ..Parts::NONE }, Needs { stream: true, ..Needs::LAKE }),
+        Alone::Scheduler => (Parts { scheduler: true, ..Parts::NONE }, Needs { dbt: true, ..Needs::RECONCILE }),
+    };
+    let mode = Mode { goal: bank::Goal::Forever, rate: bank::Rate::PerSecond(loaded.config.bank.rate), schedule: loaded.config.dag.schedule.clone() };
+    let (pipeline, _logs) = launch(loaded, parts, needs, mode, false, log_format, &interrupted).await?;
+    if let Some(duration) = for_ {
+        let ended = interrupted.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(*duration).await;
+            ended.cancel();
+        });
+    }
+    let outcome = headless::run(pipeline, Ends::default(), None, interrupted).await;
+    match outcome {
+        Err(failure) if for_.is_some() && failure.exit == Exit::Interrupted => Ok(Exit::Right),
+        other => other,
+    }
+}
+
+/// Data dir, logs, services, stages; ^C at any moment leaves nothing behind.
+async fn launch(
+    loaded: &Loaded,
+    parts: Parts,
+    needs: Needs,
+    mode: Mode,
+    console: bool,
+    log_format: LogFormat,
+    interrupted: &CancellationToken,
+) -> Result<(Pipeline, Option<tracing_appender::non_blocking::WorkerGuard>), Failure> {
+    let data_dir = super::take_data_dir(&loaded.data_dir())?;
+    let logs = super::start_logs(super::log_front(console, log_format), Some(&data_dir.join("logs")))?;
+    let services = super::start_services(loaded, &data_dir, needs, interrupted).await?;
+    let pipeline = Pipeline::start(loaded, data_dir, services, parts, mode).await.map_err(|error| Failure::from_error(&error))?;
+    Ok((pipeline, logs))
+}
+
+/// The rate an operator may step through with `+` and `-`: always one more or less than a tenth.
+pub fn stepped(rate: NonZeroU32, up: bool) -> NonZeroU32 {
+    let step = (rate.get() / 10).max(1);
+    let next = if up { rate.get().saturating_add(step) } else { rate.get().saturating_sub(step) };
+    NonZeroU32::new(next).unwrap_or(NonZeroU32::MIN)
+}

@@ -1,0 +1,64 @@
+//! `services`: where everything is, for psql, kcat, aws, DuckDB or a notebook. And `cdc status`, which asks the same owner.
+
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    cli::{CdcCommand, Output},
+    config::Loaded,
+    exit::{Exit, Failure},
+    pipeline::{
+        data_dir,
+        services::{Needs, Printed},
+        socket::Client,
+    },
+};
+
+pub(super) async fn services(loaded: &Loaded, output: Output) -> Result<Exit, Failure> {
+    let root = loaded.data_dir();
+    if let Some(mut owner) = Client::connect(&data_dir::socket_path(&root)).await {
+        let printed = owner.services().await.map_err(|error| Failure::new(Exit::Away, format!("the running pipeline does not answer: {error}")))?;
+        print(&printed, &output)?;
+        return Ok(Exit::Right);
+    }
+    let interrupted: CancellationToken = super::interrupts();
+    let data_dir = super::take_data_dir(&root)?;
+    let mut services = super::start_services(loaded, &data_dir, Needs { dbt: false, ..Needs::ALL }, &interrupted).await?;
+    let printed = print(&services.printed(), &output);
+    if printed.is_ok() {
+        eprintln!("The services run until ^C.");
+        interrupted.cancelled().await;
+    }
+    services.stop().await;
+    printed.map(|()| Exit::Interrupted)
+}
+
+fn print(printed: &Printed, output: &Output) -> Result<(), Failure> {
+    if output.json {
+        return super::print_json(printed);
+    }
+    let s3 = &printed.s3;
+    super::print(&format!(
+        "source     {}\nwarehouse  {}\nstate      {}\nkafka      {}\ns3         {} bucket {} region {}\n           AWS_ACCESS_KEY_ID={} AWS_SECRET_ACCESS_KEY={}\n",
+        printed.source, printed.warehouse, printed.state, printed.kafka, s3.endpoint, s3.bucket, s3.region, s3.access_key_id, s3.secret_access_key
+    ))
+}
+
+pub(super) async fn cdc(loaded: &Loaded, command: CdcCommand) -> Result<Exit, Failure> {
+    let CdcCommand::Status(output) = command;
+    let root = loaded.data_dir();
+    let Some(owner) = Client::connect(&data_dir::socket_path(&root)).await else {
+        return Err(Failure::new(Exit::Away, format!("no pipeline runs on {}", root.display())).with_remedy("start one with `ledgerline run`"));
+    };
+    let (snapshots, _reading) = owner.watch().await.map_err(|error| Failure::new(Exit::Away, error.to_string()))?;
+    let cdc = snapshots.borrow().cdc.clone();
+    if output.json {
+        super::print_json(&cdc)?;
+        return Ok(Exit::Right);
+    }
+    let mut text = format!("step       {:?}\nconfirmed  {}\nreceived   {}\nbehind     {}\n", cdc.step, cdc.confirmed_lsn, cdc.received_lsn, crate::units::bytes_for_people(cdc.lag_bytes));
+    if let Some(slot) = &cdc.slot {
+        text += &format!("slot       {} · WAL {}\n", if slot.active { "active" } else { "not active" }, slot.wal_status);
+    }
+    super::print(&text)?;
+    Ok(Exit::Right)
+}
