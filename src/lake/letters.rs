@@ -1,6 +1,6 @@
 //! Records that are no text go to the dead-letter topic, with the reason and their position, before the lake moves past them.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use rdkafka::{
     ClientConfig,
@@ -49,7 +49,21 @@ impl DeadLetters {
     async fn connect(&self) -> Result<FutureProducer, KafkaError> {
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", &self.bootstrap_servers).set("client.id", "ledgerline-lake");
-        let admin: AdminClient<DefaultClientContext> = config.create()?;
+        self.ensure_topic(config.create()?).await?;
+        config.set("enable.idempotence", "true").set("acks", "all").set("message.timeout.ms", ANSWER.as_millis().to_string()).create()
+    }
+
+    /// Creates the topic only where it is absent: on a cluster of others we may not have the right to create any.
+    async fn ensure_topic(&self, admin: AdminClient<DefaultClientContext>) -> Result<(), KafkaError> {
+        let (topic, admin) = (self.topic.clone(), Arc::new(admin));
+        let asked = Arc::clone(&admin);
+        let exists = tokio::task::spawn_blocking(move || {
+            let metadata = asked.inner().fetch_metadata(Some(&topic), ANSWER)?;
+            Ok(metadata.topics().iter().any(|it| it.error().is_none() && !it.partitions().is_empty()))
+        });
+        if exists.await.unwrap_or(Err(KafkaError::Canceled))? {
+            return Ok(());
+        }
         let topic = NewTopic::new(&self.topic, 1, TopicReplication::Fixed(-1));
         let options = AdminOptions::new().operation_timeout(Some(ANSWER)).request_timeout(Some(ANSWER));
         for created in admin.create_topics([&topic], &options).await? {
@@ -58,6 +72,6 @@ impl DeadLetters {
                 Err((_, code)) => return Err(KafkaError::AdminOp(code)),
             }
         }
-        config.set("enable.idempotence", "true").set("acks", "all").set("message.timeout.ms", ANSWER.as_millis().to_string()).create()
+        Ok(())
     }
 }

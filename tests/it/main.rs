@@ -1,4 +1,5 @@
 //! The integration tests: one binary, real services, every test with its own database, topic prefix and bucket prefix.
+mod lake;
 mod s3;
 
 mod bank;
