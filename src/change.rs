@@ -65,9 +65,10 @@ impl Topics {
         &self.prefix
     }
 
-    /// `bank.public.customers`.
+    /// `bank.public.customers`. What Kafka does not allow in a name becomes `_`, as Debezium does it.
     pub fn table(&self, table: &TableId) -> String {
-        format!("{}.{}.{}", self.prefix, table.schema, table.table)
+        let allowed = |it: char| it.is_ascii_alphanumeric() || matches!(it, '.' | '_' | '-');
+        format!("{}.{}.{}", self.prefix, table.schema, table.table).replace(|it| !allowed(it), "_")
     }
 
     /// `bank.transaction`: BEGIN and END of each commit, in commit order; always one partition.
@@ -114,6 +115,7 @@ mod tests {
         let topics = Topics::new("bank");
         let customers = TableId { schema: "public".into(), table: "customers".into() };
         assert_eq!(topics.table(&customers), "bank.public.customers");
+        assert_eq!(topics.table(&TableId { schema: "public".into(), table: "Mixed Case".into() }), "bank.public.Mixed_Case");
         assert_eq!(topics.lake_name("bank.public.customers").as_deref(), Some("customers"));
         assert_eq!(topics.lake_name("bank.audit.events").as_deref(), Some("audit.events"));
         assert_eq!(topics.lake_name("bank.transaction").as_deref(), Some("boundaries"));

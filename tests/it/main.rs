@@ -6,3 +6,5 @@ mod bank;
 
 
 mod dag;
+
+mod cdc;

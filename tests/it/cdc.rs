@@ -1,0 +1,5 @@
+//! The capture on a real PostgreSQL, into a broker in memory.
+
+mod bytes;
+mod days;
+mod house;

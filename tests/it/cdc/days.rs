@@ -1,0 +1,1 @@
+//! Ordinary and bad days.

@@ -1,0 +1,319 @@
+//! What the capture's tests stand on: a database of their own, a broker in memory, and a capture between the two.
+
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+use ledgerline::{
+    cdc::{self, Config, Stats},
+    change::Lsn,
+    secret::Secret,
+    stage::{self, Handle, Phase},
+    stream,
+};
+use rdkafka::{
+    ClientConfig, Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
+    message::Headers as _,
+    mocking::MockCluster,
+    producer::DefaultProducerContext,
+};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// Far longer than anything here takes: a test that waits longer fails.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+
+fn server() -> String {
+    std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned())
+}
+
+/// A database of one test; gone with its slots when dropped.
+pub(super) struct Database {
+    pub(super) name: String,
+    pub(super) url: Secret,
+}
+
+impl Database {
+    pub(super) async fn create(test: &str) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("cdc_{test}_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let mut admin = PgConnection::connect(&server()).await.expect("the test server runs");
+        sqlx::raw_sql(AssertSqlSafe(format!("create database {name} template template0"))).execute(&mut admin).await.expect("a new database");
+        let mut url = url::Url::parse(&server()).expect("an address");
+        url.set_path(&name);
+        Self { name, url: Secret::new(url) }
+    }
+
+    pub(super) async fn connect(&self) -> PgConnection {
+        PgConnection::connect(self.url.reveal()).await.expect("the test's database")
+    }
+
+    /// Runs statements one by one as psql would: each is its own transaction unless they say otherwise, COPY data inline.
+    pub(super) async fn run(&self, script: &str) {
+        let mut connection = self.connect().await;
+        let script: String = script.lines().filter(|line| !line.starts_with("--")).flat_map(|line| [line, "\n"]).collect();
+        let mut rest = script.as_str();
+        while let Some(at) = rest.find(" FROM stdin;\n") {
+            let start = rest[..at].rfind(';').map_or(0, |it| it + 1);
+            run_each(&mut connection, &rest[..start]).await;
+            let after = &rest[at + " FROM stdin;\n".len()..];
+            let (data, following) = after.split_once("\\.\n").expect("COPY data ends");
+            let mut copy = connection.copy_in_raw(&format!("{} FROM stdin", rest[start..at].trim())).await.expect("COPY");
+            copy.send(data.as_bytes()).await.expect("COPY data");
+            copy.finish().await.expect("COPY");
+            rest = following;
+        }
+        run_each(&mut connection, rest).await;
+    }
+
+    pub(super) async fn wal_position(&self) -> Lsn {
+        cdc::wal_position(&self.url).await.expect("a position")
+    }
+}
+
+async fn run_each(connection: &mut PgConnection, script: &str) {
+    let mut quoted = false;
+    let ends = |it: char| {
+        quoted ^= it == '\'';
+        it == ';' && !quoted
+    };
+    for statement in script.split(ends).map(str::trim).filter(|it| !it.is_empty()) {
+        sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&mut *connection).await.unwrap_or_else(|error| panic!("{statement}: {error}"));
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        let name = self.name.clone();
+        let dropping = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(async move {
+                let Ok(mut admin) = PgConnection::connect(&server()).await else { return };
+                for statement in [
+                    format!("select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where database = '{name}' and active"),
+                    format!("select pg_drop_replication_slot(slot_name) from pg_replication_slots where database = '{name}'"),
+                    format!("drop database if exists {name} with (force)"),
+                ] {
+                    if let Err(error) = sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut admin).await {
+                        eprintln!("{name} stays behind: {error}");
+                    }
+                }
+            });
+        });
+        let _ = dropping.join();
+    }
+}
+
+/// A record as it was read back.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Read {
+    pub(super) topic: String,
+    pub(super) partition: i32,
+    pub(super) key: Option<String>,
+    pub(super) value: Option<String>,
+    pub(super) headers: Vec<(String, String)>,
+}
+
+/// A broker in memory. It cannot create topics on request, so tests make theirs first.
+pub(super) struct Broker {
+    pub(super) mock: MockCluster<'static, DefaultProducerContext>,
+    consumer: BaseConsumer,
+    /// Where reading goes on, by topic and partition.
+    next: HashMap<(String, i32), i64>,
+}
+
+impl Broker {
+    pub(super) fn start(prefix: &str, tables: &[&str], partitions: i32) -> Self {
+        let mock = MockCluster::new(1).expect("a broker in memory");
+        for table in tables {
+            mock.create_topic(&format!("{prefix}.{table}"), partitions, 1).expect("a topic");
+        }
+        for single in [format!("{prefix}.transaction"), format!("{prefix}.message"), format!("{prefix}.dead_letters"), format!("__debezium-heartbeat.{prefix}")]
+        {
+            mock.create_topic(&single, 1, 1).expect("a topic");
+        }
+        let consumer = ClientConfig::new()
+            .set("bootstrap.servers", mock.bootstrap_servers())
+            .set("group.id", "tests")
+            .set("enable.auto.commit", "false")
+            .set("fetch.wait.max.ms", "10")
+            .create()
+            .expect("a consumer");
+        Self { mock, consumer, next: HashMap::new() }
+    }
+
+    pub(super) fn address(&self) -> String {
+        self.mock.bootstrap_servers()
+    }
+
+    /// What a topic holds behind the last read of it, by partition and offset. What was acknowledged before the call is in it.
+    pub(super) fn read_on(&mut self, topic: &str) -> Vec<Read> {
+        let metadata = self.consumer.fetch_metadata(Some(topic), PATIENCE).expect("metadata");
+        let n_partitions = i32::try_from(metadata.topics()[0].partitions().len()).expect("few");
+        let mut records = Vec::new();
+        for partition in 0..n_partitions {
+            let (first, end) = self.consumer.fetch_watermarks(topic, partition, PATIENCE).expect("watermarks");
+            let next = self.next.entry((topic.to_owned(), partition)).or_insert(first);
+            if *next >= end {
+                continue;
+            }
+            let mut assignment = TopicPartitionList::new();
+            assignment.add_partition_offset(topic, partition, Offset::Offset(*next)).expect("an offset");
+            self.consumer.assign(&assignment).expect("assigned");
+            while *next < end {
+                let Some(Ok(message)) = self.consumer.poll(PATIENCE) else { continue };
+                *next = message.offset() + 1;
+                records.push(into_read(&message));
+            }
+        }
+        records
+    }
+
+    /// Everything a topic holds.
+    pub(super) fn read(&mut self, topic: &str) -> Vec<Read> {
+        self.next.retain(|(name, _), _| name != topic);
+        self.read_on(topic)
+    }
+}
+
+fn into_read(message: &rdkafka::message::BorrowedMessage<'_>) -> Read {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("UTF-8");
+    let headers = message.headers().into_iter().flat_map(|it| it.iter());
+    Read {
+        topic: message.topic().to_owned(),
+        partition: message.partition(),
+        key: message.key().map(text),
+        value: message.payload().map(text),
+        headers: headers.map(|it| (it.key.to_owned(), text(it.value.unwrap_or_default()))).collect(),
+    }
+}
+
+/// A capture that runs.
+pub(super) struct Capture {
+    pub(super) handle: Handle<Stats>,
+    task: JoinHandle<Result<(), cdc::Error>>,
+}
+
+impl Capture {
+    pub(super) fn start(database: &Database, bootstrap_servers: String, config: Config) -> Self {
+        let (handle, control) = stage::control(Stats::default(), Phase::Running, &CancellationToken::new());
+        let (source, state) = (database.url.clone(), database.url.clone());
+        let task = tokio::spawn(async move {
+            let ended = cdc::run(source, state, bootstrap_servers, stream::Config::default(), config, control).await;
+            // A test that waits for something else shows why it waits in vain.
+            ended.inspect_err(|error| eprintln!("the capture ended: {}", ledgerline::fault::chain(error)))
+        });
+        Self { handle, task }
+    }
+
+    /// Waits until the stats say so.
+    pub(super) async fn until(&self, what: &str, reached: impl FnMut(&Stats) -> bool) -> Stats {
+        let mut stats = self.handle.stats.clone();
+        let waiting = tokio::time::timeout(PATIENCE, stats.wait_for(reached)).await;
+        match waiting {
+            Ok(Ok(stats)) => stats.clone(),
+            Ok(Err(_)) => panic!("{what}: the capture ended"),
+            Err(_) => panic!("{what}: still not so: {:?}", *self.handle.stats.borrow()),
+        }
+    }
+
+    /// Waits until everything written so far is with the broker and the slot knows.
+    pub(super) async fn drain(&self, database: &Database) -> Stats {
+        let end = database.wal_position().await;
+        self.until("drained", |it| it.confirmed_lsn >= end).await
+    }
+
+    pub(super) async fn stop(self) {
+        self.handle.stop.cancel();
+        self.ended().await.expect("a good end");
+    }
+
+    /// As kill -9 would: nothing is confirmed any more.
+    pub(super) async fn kill(self) {
+        self.task.abort();
+        let _ = self.task.await;
+    }
+
+    pub(super) async fn ended(self) -> Result<(), cdc::Error> {
+        tokio::time::timeout(PATIENCE, self.task).await.expect("it ends").expect("it does not panic")
+    }
+}
+
+/// A capture of `public.*`, under its own slot.
+pub(super) fn config(database: &Database, topic_prefix: &str) -> Config {
+    Config {
+        topic_prefix: topic_prefix.to_owned(),
+        tables: vec!["public.*".to_owned()],
+        slot: database.name.clone(),
+        publication: database.name.clone(),
+        ..Config::default()
+    }
+}
+
+/// The text with everything that differs from run to run made equal: LSNs, transaction ids, times, database, version.
+pub(super) fn masked(text: &str) -> String {
+    let mut out = text.to_owned();
+    for name in ["ts_ms", "ts_us", "ts_ns", "lsn", "txId", "sequence", "version", "db"] {
+        out = masked_field(&out, &format!("\"{name}\":"));
+    }
+    // `201088:629722832` in transaction ids.
+    masked_pairs(&out)
+}
+
+fn masked_field(text: &str, head: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(head) {
+        let (before, after) = rest.split_at(at + head.len());
+        out.push_str(before);
+        let end = value_end(after);
+        let value = &after[..end];
+        // null stays null, and a sequence keeps its shape.
+        match value {
+            "null" => out.push_str("null"),
+            _ if value.starts_with("\"[null") => out.push_str("\"[null,N]\""),
+            _ => out.push('N'),
+        }
+        rest = &after[end..];
+    }
+    out + rest
+}
+
+/// Where a JSON string or number ends.
+fn value_end(text: &str) -> usize {
+    let mut quoted = false;
+    let mut escaped = false;
+    for (at, character) in text.char_indices() {
+        match character {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            '"' => quoted = !quoted,
+            ',' | '}' if !quoted => return at,
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+fn masked_pairs(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find("\"id\":\"") {
+        let (before, after) = rest.split_at(at + "\"id\":\"".len());
+        out.push_str(before);
+        let end = after.find('"').unwrap_or(after.len());
+        let is_pair = after[..end].split_once(':').is_some_and(|(xid, lsn)| [xid, lsn].iter().all(|it| it.bytes().all(|byte| byte.is_ascii_digit())));
+        out.push_str(if is_pair { "N:N" } else { &after[..end] });
+        rest = &after[end..];
+    }
+    out + rest
+}
+
+/// Only the top-level times: all that may differ when an event is repeated.
+pub(super) fn without_times(text: &str) -> String {
+    text.rfind(",\"ts_ms\":").filter(|_| text.contains("\"op\":")).map_or_else(|| text.to_owned(), |at| text[..at].to_owned())
+}
