@@ -2,3 +2,5 @@
 
 #[cfg(test)]
 mod dag;
+#[cfg(test)]
+mod notify;
