@@ -8,3 +8,5 @@ mod bank;
 mod dag;
 
 mod cdc;
+#[cfg(test)]
+mod notify;
