@@ -44,7 +44,7 @@
             coalesce(landed.upto, last_batch._offset) as upto,
             coalesce((select max(batch) from last_batch), 0) + 1 as next_batch
         from last_batch
-        full join landed on last_batch.source_table = landed.source_table and last_batch._partition = landed.partition
+        full outer join landed on last_batch.source_table = landed.source_table and last_batch._partition = landed.partition
     {% endset %}
     {% set rows = run_query(query).rows %}
     {% set lanes = [] %}

@@ -101,6 +101,8 @@ impl Invocation {
 pub struct Stats {
     /// The project is parsed and the process waits or works.
     pub ready: bool,
+    /// The worker process, while there is one.
+    pub pid: Option<u32>,
     /// Worker processes started so far; more than one means that some died or were killed to cancel a run.
     pub starts: u64,
     /// Invocations finished so far, whatever their outcome.

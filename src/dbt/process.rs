@@ -207,8 +207,9 @@ enum Ending {
 impl Room {
     fn process(&mut self) -> Result<&mut Process, Error> {
         if self.process.is_none() {
-            self.process = Some(self.setup.spawn()?);
-            self.stats.send_modify(|it| it.starts += 1);
+            let process = self.process.insert(self.setup.spawn()?);
+            let pid = process.child.id();
+            self.stats.send_modify(|it| (it.pid, it.starts) = (pid, it.starts + 1));
         }
         Ok(self.process.as_mut().expect("it was started just now"))
     }
@@ -236,7 +237,7 @@ impl Room {
 
     fn bury(&mut self) {
         self.process = None;
-        self.stats.send_modify(|it| it.ready = false);
+        self.stats.send_modify(|it| (it.ready, it.pid) = (false, None));
     }
 
     async fn serve(&mut self, mut ask: Ask) {

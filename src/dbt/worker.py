@@ -252,7 +252,16 @@ def answer(project, request):
     return {"ok": bool(outcome.success), "nodes": [summary(it) for it in results], "error": error}
 
 
+def spare_stack_walks():
+    """dbt looks up who defines each of its behaviour flags by walking the whole stack, 21 times an invocation and only for a line of its
+    log: half of what a warm invocation costs. Where a later dbt has no such function, nothing is lost."""
+    flag = getattr(behavior_flags, "BehaviorFlagRendered", None)
+    if hasattr(flag, "_default_source"):
+        flag._default_source = staticmethod(lambda: "dbt")
+
+
 def main():
+    spare_stack_walks()
     project_dir, work_dir = sys.argv[1:3]
     requests = Requests()
     requests.start()
@@ -275,6 +284,7 @@ def main():
 if __name__ == "__main__":
     from dbt.adapters.exceptions import FailedToConnectError
     from dbt.cli.main import dbtRunner
+    from dbt_common import behavior_flags
     from dbt_common.exceptions import DbtDatabaseError
 
     main()

@@ -10,3 +10,5 @@ mod dag;
 mod cdc;
 #[cfg(test)]
 mod notify;
+
+mod dbt;

@@ -119,7 +119,7 @@ touched as (
         {% endfor %}
         ended.committed_micros
     from came
-    full join ended on came.xid = ended.xid
+    full outer join ended on came.xid = ended.xid
 ),
 
 {% if goes_on %}

@@ -7,12 +7,14 @@ with entries as (
     select * from {{ ref('fct_ledger_entries') }}
     where
         deleted_at is null
-        {% if mark >= 0 %}
-        and transaction_id in (
-            select staged.transaction_id from {{ history }} as staged
-            where staged.ledger_entry_id in (select changed.ledger_entry_id from {{ history }} as changed where changed.tx_lsn > {{ mark }})
+        and (
+            {{ mark }} < 0
+            or transaction_id in (
+                select staged.transaction_id from {{ history }} as staged
+                inner join {{ history }} as changed on staged.ledger_entry_id = changed.ledger_entry_id
+                where changed.tx_lsn > {{ mark }}
+            )
         )
-        {% endif %}
 )
 
 select

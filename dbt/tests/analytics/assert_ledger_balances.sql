@@ -13,29 +13,28 @@ with entries_now as (
     where tx_lsn > {{ mark }} and deleted_at is null
 ),
 
-{% if mark >= 0 %}
 entries_of_then as (
     select * from {{ history }}
     where
         tx_lsn <= {{ mark }}
-        and ledger_entry_id in (select changed.ledger_entry_id from {{ history }} as changed where changed.tx_lsn > {{ mark }})
+        and ledger_entry_id in (
+            select changed.ledger_entry_id from {{ history }} as changed
+            where changed.tx_lsn > {{ mark }}
+        )
 ),
 
 ranked as (
     {{ newest_per('entries_of_then', 'ledger_entry_id', 'tx_lsn desc, lsn desc') }}
 ),
 
-{% endif %}
 moved as (
     select * from entries_now
-    {% if mark >= 0 %}
     union all
     select
         account_id,
         case entry_type when 'DEBIT' then -amount else amount end as amount
     from ranked
     where place = 1 and op <> 'd'
-    {% endif %}
 ),
 
 ledger as (
@@ -61,5 +60,5 @@ select
     coalesce(ledger.amount, 0) as ledger_moved,
     coalesce(balances.amount, 0) as balance_moved
 from ledger
-full join balances on ledger.account_id = balances.account_id
+full outer join balances on ledger.account_id = balances.account_id
 where coalesce(ledger.amount, 0) <> coalesce(balances.amount, 0)

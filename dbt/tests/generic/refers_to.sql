@@ -6,14 +6,12 @@
     with children as (
         select {{ own_key }}, {{ key }}, tx_lsn from {{ model }}
         where {{ alive }} and tx_lsn > {{ mark }}
-        {% if mark >= 0 %}
         union all
         select {{ own_key }}, {{ key }}, tx_lsn from {{ model }}
         where
             {{ alive }}
             and tx_lsn <= {{ mark }}
             and {{ key }} in (select {{ parent_key }} from {{ to }} where {{ parent_died }} > {{ mark }} and deleted_at is not null)
-        {% endif %}
     ),
 
     parents as (

@@ -9,7 +9,7 @@ with staged as (
         tx_lsn,
         '{{ table }}' as source_table,
         count(*) as staged_rows,
-        count(*) - count(distinct lsn || ':' || {{ keys[table] }} || op) as repeated
+        count(*) - count(distinct lsn || ':' || {{ keys.get(table, 'id') }} || op) as repeated
     from {{ ref('stg_bank__' ~ table) }}
     where tx_lsn > {{ mark }}
     group by tx_lsn
@@ -19,7 +19,8 @@ with staged as (
 
 newest_cut as (
     select * from {{ ref('cut') }}
-    where lsn = (select max(lsn) from {{ ref('cut') }})
+    order by lsn desc
+    limit 1
 ),
 
 due as (
@@ -48,9 +49,7 @@ select
     due.arrived,
     staged.repeated
 from staged
-full join due
-    on staged.tx_lsn = due.tx_lsn
-    and staged.source_table = due.source_table
+full outer join due on staged.tx_lsn = due.tx_lsn and staged.source_table = due.source_table
 where
     coalesce(staged.staged_rows, 0) <> coalesce(due.owed, 0)
     or staged.repeated > 0
