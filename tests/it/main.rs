@@ -12,3 +12,5 @@ mod cdc;
 mod notify;
 
 mod dbt;
+
+mod kafka;
