@@ -14,3 +14,6 @@ mod notify;
 mod dbt;
 
 mod kafka;
+
+mod s3;
+mod warehouse;
