@@ -14,7 +14,7 @@ use crate::{
 const FREE_BYTES_MIN: u64 = 2 << 30;
 
 #[derive(Debug, Serialize)]
-pub struct Finding {
+pub(super) struct Finding {
     pub name: &'static str,
     pub ok: bool,
     /// What was found, in one sentence.
@@ -24,13 +24,13 @@ pub struct Finding {
 }
 
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub(super) struct Report {
     pub schema: u32,
     pub ok: bool,
     pub findings: Vec<Finding>,
 }
 
-pub async fn examine(loaded: &Loaded) -> Report {
+pub(super) async fn examine(loaded: &Loaded) -> Report {
     let data_dir = loaded.data_dir();
     let findings = vec![configuration(loaded), python_found().await, data_dir_usable(&data_dir), space(&data_dir), dbt_project(loaded), terminal()];
     let external = external_addresses(loaded).await;

@@ -54,7 +54,7 @@ pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
         },
         Command::Sink(stage) => run::stage_alone(&loaded, run::Alone::Lake, stage.for_, log_format).await,
         Command::Scheduler(stage) => run::stage_alone(&loaded, run::Alone::Scheduler, stage.for_, log_format).await,
-        Command::Attach(look) => attach::attach(&loaded, look).await,
+        Command::Attach(look) => attach::attach(&loaded, &look).await,
         Command::Services(output) => services::services(&loaded, output).await,
         Command::Dag(command) => dag::dag(&loaded, command).await,
         Command::Kpi(output) => kpi::kpi(&loaded, output).await,
@@ -159,7 +159,7 @@ fn print_json(document: &impl Serialize) -> Result<(), Failure> {
 }
 
 /// Results go to stdout; a reader that has left (`| head`) is no error.
-fn print(text: &str) -> Result<(), Failure> {
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::new(Exit::Away, format!("could not write to stdout: {error}"))),

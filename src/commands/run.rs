@@ -1,6 +1,6 @@
 //! `run`, and one stage alone: services, then the pipeline, then a front end until it ends.
 
-use std::{io::IsTerminal as _, num::NonZeroU32};
+use std::io::IsTerminal as _;
 
 use tokio_util::sync::CancellationToken;
 
@@ -105,11 +105,4 @@ async fn launch(
     let services = super::start_services(loaded, &data_dir, needs, interrupted).await?;
     let pipeline = Pipeline::start(loaded, data_dir, services, parts, mode).await.map_err(|error| Failure::from_error(&error))?;
     Ok((pipeline, logs))
-}
-
-/// The rate an operator may step through with `+` and `-`: always one more or less than a tenth.
-pub fn stepped(rate: NonZeroU32, up: bool) -> NonZeroU32 {
-    let step = (rate.get() / 10).max(1);
-    let next = if up { rate.get().saturating_add(step) } else { rate.get().saturating_sub(step) };
-    NonZeroU32::new(next).unwrap_or(NonZeroU32::MIN)
 }

@@ -108,7 +108,7 @@ impl fmt::Display for RunRef {
 }
 
 /// One run of a DAG. The first tasks are the plan's, in its order; behind them those the plan no longer has.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Run {
     pub dag_id: String,
     pub run_id: String,

@@ -58,7 +58,6 @@ pub struct Chosen {
     pub s3_access_key_id: String,
     pub s3_secret_access_key: String,
     pub kafka_port: u16,
-    pub s3_port: u16,
 }
 
 impl DataDir {
@@ -104,7 +103,7 @@ impl DataDir {
         match fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| unusable(io::Error::new(io::ErrorKind::InvalidData, error))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let chosen = Chosen { s3_access_key_id: random_text(20), s3_secret_access_key: random_text(40), kafka_port: 0, s3_port: 0 };
+                let chosen = Chosen { s3_access_key_id: random_text(20), s3_secret_access_key: random_text(40), kafka_port: 0 };
                 self.keep(&chosen)?;
                 Ok(chosen)
             }

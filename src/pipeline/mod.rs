@@ -19,7 +19,6 @@ use crate::{
     change::Topics,
     config::{EMBEDDED, Loaded},
     dag, dbt,
-    embedded::kafka::Broker,
     exit::{Exit, Failure},
     fault::chain,
     lake,
@@ -43,7 +42,7 @@ use data_dir::DataDir;
 use services::Services;
 use snapshot::{Sampler, Snapshot, Sources};
 use obey::obey;
-use supervise::{Health, supervise};
+use supervise::{Delays, Health, supervise};
 
 /// Commands that wait to be carried out; whoever asks beyond that waits himself.
 const COMMANDS_MAX: usize = 32;
@@ -169,8 +168,7 @@ struct Wishes {
 
 impl Pipeline {
     /// Starts the stages in flow order on services that are ready.
-    pub async fn start(loaded: &Loaded, data_dir: DataDir, services: Services, parts: Parts, mode: Mode) -> Result<Self, Error> {
-        let addresses = services.addresses.clone();
+    pub async fn start(loaded: &Loaded, data_dir: DataDir, mut services: Services, parts: Parts, mode: Mode) -> Result<Self, Error> {
         let topics = Topics::new(loaded.config.cdc.topic_prefix.clone());
         let (helpers, shutdown) = (CancellationToken::new(), CancellationToken::new());
         let refresh = Arc::new(Refresh::new(refresh_rooms(loaded, &data_dir, &services, &topics))?);
@@ -213,9 +211,7 @@ impl Pipeline {
         let mut sampler = Sampler::new(sources, Utc::now());
         let (snapshots_in, snapshots) = watch::channel(Arc::new(sampler.sample(Utc::now(), std::time::Instant::now())));
         tokio::spawn(sampler.run(snapshots_in, helpers.clone()));
-        if let Some(broker) = services.broker() {
-            tokio::spawn(hold_retention(broker, lake.stats.clone(), helpers.clone()));
-        }
+        services.hold_retention(lake.stats.clone());
 
         let wishes = Wishes { bank: bank.wanted, cdc: cdc.wanted, lake: lake.wanted, scheduler: scheduler.wanted, dags };
         let (asks, asked) = mpsc::channel(COMMANDS_MAX);
@@ -330,7 +326,7 @@ impl Running {
         let (health_in, health) = watch::channel(Health::Working);
         let again = Arc::new(Notify::new());
         let (asked, stopped) = (Arc::clone(&again), stop.clone());
-        let life = tokio::spawn(async move { supervise(name, start, health_in, &asked, stopped).await });
+        let life = tokio::spawn(async move { supervise(name, start, health_in, &asked, stopped, Delays::default()).await });
         Self { health, again, stop, life }
     }
 }
@@ -427,19 +423,5 @@ fn refresh_rooms(loaded: &Loaded, data_dir: &DataDir, services: &Services, topic
         mail: loaded.config.mail.clone(),
         mail_folder: data_dir.join("mail"),
         mail_password: loaded.secrets.mail_password.clone(),
-    }
-}
-
-/// The embedded broker may forget only what the lake holds.
-async fn hold_retention(broker: Arc<Broker>, mut lake: watch::Receiver<lake::Stats>, stop: CancellationToken) {
-    loop {
-        for lane in &lake.borrow_and_update().lanes {
-            // A lane whose position is not found yet holds everything.
-            broker.hold_retention(&lane.topic, lane.partition, lane.landed_offset.unwrap_or_default());
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            changed = lake.changed() => if changed.is_err() { return },
-        }
     }
 }

@@ -5,7 +5,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinHandle};
 use url::Url;
 
 use crate::{
@@ -71,7 +71,13 @@ pub enum Error {
     #[error(transparent)]
     DataDir(#[from] data_dir::Error),
     #[error(transparent)]
-    Embedded(#[from] embedded::Error),
+    Kafka(#[from] kafka::Error),
+    #[error(transparent)]
+    S3(#[from] s3::Error),
+    #[error(transparent)]
+    Python(#[from] python::Error),
+    #[error(transparent)]
+    Postgres(#[from] postgres::Error),
     #[error("{key} is not an address: {why}")]
     Address { key: &'static str, why: String },
     #[error("no credentials for the lake at {endpoint}")]
@@ -82,7 +88,10 @@ impl Diagnose for Error {
     fn fault(&self) -> Fault {
         match self {
             Self::DataDir(error) => error.fault(),
-            Self::Embedded(error) => error.fault(),
+            Self::Kafka(error) => error.fault(),
+            Self::S3(error) => error.fault(),
+            Self::Python(error) => error.fault(),
+            Self::Postgres(error) => error.fault(),
             Self::Address { key, .. } => Fault::Operator(format!("correct {key}: \"embedded\", or an address with a scheme and a host")),
             Self::NoLakeCredentials { .. } => {
                 Fault::Operator("set LEDGERLINE__LAKE__ACCESS_KEY_ID and LEDGERLINE__LAKE__SECRET_ACCESS_KEY in the environment".to_owned())
@@ -127,6 +136,8 @@ pub struct Services {
     chosen: Chosen,
     postgres: Option<postgres::Server>,
     kafka: Option<Arc<kafka::Broker>>,
+    /// Tells the broker what the lake holds.
+    holding: Option<JoinHandle<()>>,
     s3: Option<s3::Server>,
 }
 
@@ -150,7 +161,7 @@ impl Services {
             lake,
             python: None,
         };
-        Ok(Self { addresses, chosen, postgres: None, kafka: None, s3: None })
+        Ok(Self { addresses, chosen, postgres: None, kafka: None, holding: None, s3: None })
     }
 
     /// Starts what is embedded and needed.
@@ -166,15 +177,23 @@ impl Services {
         let config = &loaded.config;
         // Broker and store are ready at once; PostgreSQL may first have to be installed.
         if needs.stream && config.stream.bootstrap_servers == EMBEDDED {
-            let port = if config.embedded.kafka_port != 0 { config.embedded.kafka_port } else { self.chosen.kafka_port };
-            let broker = kafka::Broker::start(kafka::Config { dir: data_dir.join("kafka"), port, ..kafka::Config::default() }).await.map_err(embedded::Error::from)?;
+            let start = |port| kafka::Broker::start(kafka::Config { dir: data_dir.join("kafka"), port, ..kafka::Config::default() });
+            let broker = match (config.embedded.kafka_port, self.chosen.kafka_port) {
+                (0, kept) => match start(kept).await {
+                    // Somebody else has taken the port we had chosen: another one does as well.
+                    Err(kafka::Error::Listen { .. }) if kept != 0 => start(0).await?,
+                    started => started?,
+                },
+                (fixed, _) => start(fixed).await?,
+            };
             self.addresses.kafka = broker.address();
             self.chosen.kafka_port = port_of(&self.addresses.kafka);
             self.kafka = Some(Arc::new(broker));
         }
         if needs.lake {
             if config.lake.endpoint == EMBEDDED {
-                let port = if config.embedded.s3_port != 0 { config.embedded.s3_port } else { self.chosen.s3_port };
+                // It keeps the port it chose by itself.
+                let port = config.embedded.s3_port;
                 let server = s3::Server::start(s3::Config {
                     dir: data_dir.join("s3"),
                     port,
@@ -182,10 +201,9 @@ impl Services {
                     secret_access_key: Secret::new(self.chosen.s3_secret_access_key.clone()),
                     region: config.lake.region.clone(),
                     buckets: vec![config.lake.bucket.clone()],
+                    ..s3::Config::default()
                 })
-                .await
-                .map_err(embedded::Error::from)?;
-                self.chosen.s3_port = server.endpoint().port().unwrap_or_default();
+                .await?;
                 self.addresses.lake.endpoint = Some(server.endpoint());
                 self.s3 = Some(server);
             } else {
@@ -199,15 +217,14 @@ impl Services {
         let config = &loaded.config;
         let postgres_embedded = needs.postgres && [&config.source.url, &config.warehouse.url, &config.state.url].into_iter().any(|it| it == EMBEDDED);
         if postgres_embedded || needs.dbt {
-            let venv = python::Venv::ensure(progress).await.map_err(embedded::Error::from)?;
+            let venv = python::Venv::ensure(progress).await?;
             self.addresses.python = Some(venv.python().to_owned());
             if postgres_embedded {
                 let server = postgres::Server::start(
                     postgres::Config { bin: venv.postgres_bin().to_owned(), dir: data_dir.join("postgres"), port: config.embedded.postgres_port, ..postgres::Config::default() },
                     progress,
                 )
-                .await
-                .map_err(embedded::Error::from)?;
+                .await?;
                 self.postgres = Some(server);
             }
         }
@@ -236,22 +253,33 @@ impl Services {
         Ok(Secret::new(url))
     }
 
-    /// The embedded broker, whose retention must not pass what the lake holds.
-    pub fn broker(&self) -> Option<Arc<kafka::Broker>> {
-        self.kafka.clone()
+    /// From now on the embedded broker forgets only what the lake holds.
+    pub fn hold_retention(&mut self, mut lake: watch::Receiver<lake::Stats>) {
+        let Some(broker) = self.kafka.clone() else { return };
+        self.holding = Some(tokio::spawn(async move {
+            loop {
+                for lane in &lake.borrow_and_update().lanes {
+                    // A lane whose position is not found yet holds everything.
+                    broker.hold_retention(&lane.topic, lane.partition, lane.landed_offset.unwrap_or_default());
+                }
+                if lake.changed().await.is_err() {
+                    return;
+                }
+            }
+        }));
     }
 
     /// Health of the embedded services, each under its name; empty where nothing is embedded.
-    pub fn health(&self) -> Vec<(&'static str, watch::Receiver<embedded::Health>)> {
+    pub fn health(&self) -> Vec<(&'static str, HealthOf)> {
         let mut health = Vec::new();
         if let Some(server) = &self.postgres {
-            health.push(("postgres", server.health()));
+            health.push(("postgres", HealthOf::Plain(server.health())));
         }
         if let Some(broker) = &self.kafka {
-            health.push(("kafka", broker.health()));
+            health.push(("kafka", HealthOf::Broker(broker.health())));
         }
         if let Some(server) = &self.s3 {
-            health.push(("s3", server.health()));
+            health.push(("s3", HealthOf::Plain(server.health())));
         }
         health
     }
@@ -279,11 +307,38 @@ impl Services {
         if let Some(server) = self.postgres.take() {
             server.stop().await;
         }
-        if let Some(broker) = self.kafka.take() {
+        if let Some(holding) = self.holding.take() {
+            holding.abort();
+            // It ends with a cancellation; what matters is that it has let go of the broker.
+            let _ = holding.await;
+        }
+        if let Some(broker) = self.kafka.take().and_then(Arc::into_inner) {
             broker.stop().await;
         }
         if let Some(server) = self.s3.take() {
             server.stop().await;
+        }
+    }
+}
+
+/// Where the health of one embedded service can be read.
+pub enum HealthOf {
+    Plain(watch::Receiver<embedded::Health>),
+    Broker(watch::Receiver<kafka::Health>),
+}
+
+impl HealthOf {
+    pub fn now(&self) -> embedded::Health {
+        match self {
+            Self::Plain(health) => health.borrow().clone(),
+            Self::Broker(health) => match &*health.borrow() {
+                kafka::Health::Serving => embedded::Health::Well,
+                kafka::Health::DiskFull { free_bytes } => embedded::Health::Ailing(format!(
+                    "the disk is full ({} free): records are refused until there is room, none are lost",
+                    crate::units::bytes_for_people(*free_bytes)
+                )),
+                kafka::Health::Failing { why } => embedded::Health::Ailing(format!("the disk fails: {why}")),
+            },
         }
     }
 }

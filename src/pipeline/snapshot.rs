@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{bank, cdc, dag, embedded, lake, refresh, stage::Phase};
 
-use super::{command::StageName, supervise::Health, verdict::Verdict, verdict::verdict};
+use super::{command::StageName, services::HealthOf, supervise::Health, verdict::Verdict, verdict::verdict};
 
 /// How often the stages' stats become a snapshot.
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
@@ -102,7 +102,7 @@ pub(super) struct Sources {
     pub lake: watch::Receiver<lake::Stats>,
     pub dag: watch::Receiver<dag::Stats>,
     pub refresh: watch::Receiver<refresh::Stats>,
-    pub services: Vec<(&'static str, watch::Receiver<embedded::Health>)>,
+    pub services: Vec<(&'static str, HealthOf)>,
 }
 
 /// Turns stats into snapshots until `stop`.
@@ -160,7 +160,7 @@ impl Sampler {
             seed: sources.seed,
             pid: std::process::id(),
             stages,
-            services: sources.services.iter().map(|(name, health)| ((*name).to_owned(), health.borrow().clone())).collect(),
+            services: sources.services.iter().map(|(name, health)| ((*name).to_owned(), health.now())).collect(),
             wish: *sources.wish.borrow(),
             bank,
             cdc,

@@ -12,11 +12,21 @@ use crate::fault::{Backoff, Diagnose, Fault, chain};
 
 use super::command::StageName;
 
-const RESTART_FIRST: Duration = Duration::from_millis(200);
-const RESTART_MAX: Duration = Duration::from_secs(10);
+/// When a stage that failed is tried again.
+#[derive(Debug, Clone, Copy)]
+pub struct Delays {
+    /// The first wait after a transient failure; doubles.
+    pub first: Duration,
+    pub max: Duration,
+    /// How often a stage that waits for a person looks whether the cause is gone.
+    pub held: Duration,
+}
 
-/// How often a stage that waits for a person looks whether the cause is gone.
-const HELD_RETRY: Duration = Duration::from_secs(15);
+impl Default for Delays {
+    fn default() -> Self {
+        Self { first: Duration::from_millis(200), max: Duration::from_secs(10), held: Duration::from_secs(15) }
+    }
+}
 
 /// A stage that ran this long before it failed had recovered: its waiting times start from the first again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(30);
@@ -81,12 +91,12 @@ impl Health {
 }
 
 /// Runs a stage until it ends, reporting its health. `again` makes a held or failed stage try at once.
-pub async fn supervise<F, Run>(name: StageName, mut start: F, health: watch::Sender<Health>, again: &Notify, stop: CancellationToken)
+pub async fn supervise<F, Run>(name: StageName, mut start: F, health: watch::Sender<Health>, again: &Notify, stop: CancellationToken, delays: Delays)
 where
     F: FnMut() -> Run,
     Run: Future<Output = Result<(), Failed>>,
 {
-    let mut backoff = Backoff::new(RESTART_FIRST, RESTART_MAX);
+    let mut backoff = Backoff::new(delays.first, delays.max);
     let mut since: Option<DateTime<Utc>> = None;
     loop {
         if since.is_none() {
@@ -98,7 +108,7 @@ where
         // A stage that failed before counts as recovered once it has run for a while, not when it is merely started.
         let outcome = tokio::select! {
             outcome = &mut running => outcome,
-            () = tokio::time::sleep(RESTART_MAX), if since.is_some() => {
+            () = tokio::time::sleep(delays.max), if since.is_some() => {
                 info!(stage = %name, "works again");
                 since = None;
                 health.send_replace(Health::Working);
@@ -136,7 +146,7 @@ where
                     error!(stage = %name, %reason, %remedy, "needs an operator");
                 }
                 health.send_replace(Health::Held { reason, remedy, since: since_when });
-                Some(HELD_RETRY)
+                Some(delays.held)
             }
             Fault::Data(remedy) => {
                 error!(stage = %name, %reason, %remedy, "stopped: what it carries is wrong");
@@ -185,7 +195,9 @@ mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
+    const QUICK: Delays = Delays { first: Duration::from_millis(1), max: Duration::from_millis(4), held: Duration::from_millis(1) };
+
+    #[tokio::test]
     async fn a_transient_failure_is_tried_again_until_it_works() {
         let (health, seen) = watch::channel(Health::Off);
         let tries = Arc::new(AtomicU32::new(0));
@@ -195,13 +207,13 @@ mod tests {
             async move { if tries < 3 { Err(Away(Fault::Transient).into()) } else { Ok(()) } }
         };
 
-        supervise(StageName::Bank, start, health, &Notify::new(), CancellationToken::new()).await;
+        supervise(StageName::Bank, start, health, &Notify::new(), CancellationToken::new(), QUICK).await;
 
         assert_eq!(tries.load(Ordering::SeqCst), 4);
         assert_eq!(*seen.borrow(), Health::Ended);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_bug_is_not_tried_again_by_itself_but_when_asked() {
         let (health, mut seen) = watch::channel(Health::Off);
         let (stop, again) = (CancellationToken::new(), Arc::new(Notify::new()));
@@ -212,14 +224,13 @@ mod tests {
                 counted.fetch_add(1, Ordering::SeqCst);
                 std::future::ready(Err(Away(Fault::Bug).into()))
             };
-            supervise(StageName::Bank, start, health, &asked, stopped).await;
+            supervise(StageName::Bank, start, health, &asked, stopped, QUICK).await;
         });
         seen.wait_for(|it| it.verdict() == Some(Verdict::Bug)).await.expect("alive");
-        tokio::time::sleep(Duration::from_secs(3600)).await;
         assert_eq!(tries.load(Ordering::SeqCst), 1);
 
         again.notify_one();
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        seen.changed().await.expect("alive");
         stop.cancel();
         life.await.expect("ends");
 
