@@ -1,2 +1,3 @@
 //! The integration tests: one binary, real services, every test with its own database, topic prefix and bucket prefix.
+mod embedded_postgres;
 mod s3;
