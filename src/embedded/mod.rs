@@ -72,6 +72,12 @@ pub(crate) fn is_disk_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
+/// What is left on the disk of a directory, for us.
+pub(crate) fn free_bytes(dir: &Path) -> io::Result<u64> {
+    let disk = rustix::fs::statvfs(dir)?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
 /// `length` random bytes as hex: passwords, keys, names that must not be guessed.
 pub(crate) fn random_hex(length: usize) -> io::Result<String> {
     let mut bytes = vec![0_u8; length];

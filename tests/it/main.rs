@@ -1,5 +1,6 @@
 //! The integration tests: one binary, real services, every test with its own database, topic prefix and bucket prefix.
 mod lake;
+mod embedded_postgres;
 mod s3;
 
 mod bank;

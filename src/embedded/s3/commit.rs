@@ -7,8 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
-    io,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
 };
 
@@ -135,7 +134,7 @@ pub(super) struct Base {
 impl Base {
     /// Whether there is room to grow; says so to the operator where there is not. One system call.
     pub(super) fn has_room(&self) -> bool {
-        let roomy = match free_bytes(&self.dir) {
+        let roomy = match crate::embedded::free_bytes(&self.dir) {
             Ok(free) => free >= self.reserve_bytes,
             // A disk that does not tell is found out by writing.
             Err(_) => true,
@@ -512,11 +511,6 @@ fn assemble(upload: Upload, parts: &BTreeMap<u16, Part>, wanted: &[(u16, String)
         checksums: BTreeMap::new(),
         place: Place::Files(segments),
     })
-}
-
-fn free_bytes(dir: &Path) -> io::Result<u64> {
-    let disk = rustix::fs::statvfs(dir)?;
-    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
 #[cfg(test)]
