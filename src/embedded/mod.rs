@@ -16,6 +16,7 @@ use std::{
 use rand::{TryRng as _, rngs::SysRng};
 use tokio::sync::watch;
 
+pub mod kafka;
 pub mod postgres;
 pub mod python;
 pub mod s3;
