@@ -4,3 +4,6 @@
 mod dag;
 #[cfg(test)]
 mod notify;
+mod kafka;
+mod lake;
+mod s3;

@@ -1,0 +1,148 @@
+//! What the sink knows about one lane, and where its reading begins (pure).
+
+use std::collections::VecDeque;
+
+use tokio::task::AbortHandle;
+
+use super::{batch::Sealed, error::Error, log::Stored};
+use crate::stream::{Lane, consumer::Facts};
+
+/// A lane's life begins when it is assigned, or found at another place than we thought, and ends the same way.
+pub(super) struct LaneState {
+    /// The lane's name in the lake.
+    pub(super) table: String,
+    /// Distinguishes this life of the lane from the ones before: late answers to them are void.
+    pub(super) life: u64,
+    pub(super) state: State,
+    /// Sealed, in order, not yet on their way.
+    pub(super) waiting: VecDeque<Sealed>,
+    /// Rows of the batch on its way, and Kafka's timestamp of the first of them. One at a time: commit records are chained.
+    pub(super) flying: Option<(usize, i64)>,
+    /// SHA-256 of the newest commit record.
+    pub(super) previous: Option<String>,
+    pub(super) landed_offset: Option<i64>,
+    /// First offset and end of the broker's log, and when they were asked for.
+    pub(super) log: Option<(i64, i64, i64)>,
+}
+
+pub(super) enum State {
+    /// Its position is being looked for.
+    Searching(AbortHandle),
+    /// Records with this start number are taken; the next one expected is this.
+    Reading { start: u64, next_offset: i64 },
+    /// Loudly.
+    Stopped(Stopped),
+}
+
+/// Why a lane cannot go on without a person.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Stopped {
+    pub(super) why: String,
+    pub(super) remedy: String,
+}
+
+impl Stopped {
+    pub(super) fn into_error(self, lane: &Lane) -> Error {
+        Error::LaneStopped { lane: lane.to_string(), why: self.why, remedy: self.remedy }
+    }
+}
+
+impl LaneState {
+    pub(super) fn new(table: String, life: u64, search: AbortHandle) -> Self {
+        let (state, waiting) = (State::Searching(search), VecDeque::new());
+        Self { table, life, state, waiting, flying: None, previous: None, landed_offset: None, log: None }
+    }
+}
+
+/// What was found out about a lane's position.
+pub(super) struct Found {
+    pub(super) newest: Option<Stored>,
+    pub(super) facts: Facts,
+}
+
+impl Found {
+    /// Where the lane continues: behind the newest commit record, or at the beginning of the log.
+    pub(super) fn position(&self) -> Result<i64, Stopped> {
+        let Facts { committed, log_start, log_end } = self.facts;
+        let Some(newest) = &self.newest else {
+            return match committed {
+                Some(committed) if committed > 0 && log_start > 0 => Err(Stopped {
+                    why: format!(
+                        "the bucket has no commit record of it, though its group has landed up to offset {committed}, and the log begins at {log_start} only"
+                    ),
+                    remedy: "point lake.bucket to the bucket that was used before; or, to land what is left as a new lake, set another lake.group".into(),
+                }),
+                _ => Ok(log_start),
+            };
+        };
+        let next_offset = newest.record.last_offset + 1;
+        in_log(next_offset, log_start, log_end)?;
+        Ok(next_offset)
+    }
+}
+
+/// Whether the record at `next_offset` can still come.
+pub(super) fn in_log(next_offset: i64, log_start: i64, log_end: i64) -> Result<(), Stopped> {
+    if next_offset > log_end {
+        return Err(Stopped {
+            why: format!(
+                "the lake has landed up to offset {next_offset}, but the log ends at {log_end}: the topic was created anew, or the broker has lost data"
+            ),
+            remedy: "restore the broker's log; or set a new cdc.topic_prefix (and cdc.slot), so that a new snapshot begins new lanes".into(),
+        });
+    }
+    if next_offset < log_start {
+        return Err(Stopped {
+            why: format!("the lake continues at offset {next_offset}, but the log begins at {log_start}: retention was faster than the lake"),
+            remedy: "the records between are gone from Kafka: raise the topic's retention, then set a new cdc.topic_prefix (and cdc.slot), so that a new snapshot begins new lanes".into(),
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+
+    use super::*;
+    use crate::lake::log::{CommitRecord, SCHEMA};
+
+    fn landed_up_to(last_offset: i64) -> Stored {
+        let record = CommitRecord {
+            schema: SCHEMA,
+            topic: "t".into(),
+            partition: 0,
+            first_offset: last_offset - 9,
+            last_offset,
+            rows: 10,
+            data: String::new(),
+            bytes: 0,
+            sha256: String::new(),
+            timestamp_min: 0,
+            timestamp_max: 0,
+            previous: None,
+            written_at: DateTime::UNIX_EPOCH,
+        };
+        Stored { record, sha256: String::new() }
+    }
+
+    fn position(newest: Option<i64>, committed: Option<i64>, log: std::ops::Range<i64>) -> Result<i64, String> {
+        let facts = Facts { committed, log_start: log.start, log_end: log.end };
+        Found { newest: newest.map(landed_up_to), facts }.position().map_err(|it| it.why)
+    }
+
+    #[test]
+    fn the_lake_owns_the_position_whatever_the_group_says() {
+        assert_eq!(position(Some(99), Some(40), 0..500), Ok(100));
+        assert_eq!(position(Some(99), None, 100..100), Ok(100));
+        assert_eq!(position(None, None, 7..500), Ok(7));
+        assert_eq!(position(None, Some(300), 0..500), Ok(0), "an empty bucket is filled again while the log is whole");
+    }
+
+    #[test]
+    fn a_position_outside_the_log_stops_the_lane() {
+        assert!(position(Some(99), Some(100), 0..50).is_err_and(|it| it.contains("created anew")));
+        assert!(position(Some(99), Some(100), 101..500).is_err_and(|it| it.contains("retention")));
+        assert!(position(None, Some(300), 200..500).is_err_and(|it| it.contains("no commit record")));
+    }
+}

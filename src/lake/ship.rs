@@ -1,0 +1,165 @@
+//! One batch on its way: encode, put the object, put its commit record. Tried until it is done; a batch is never given up.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use chrono::Utc;
+use tokio::sync::{Semaphore, watch};
+use tracing::{info, warn};
+
+use super::{
+    batch::Sealed,
+    encode::{self, DeadLetter},
+    error::Error,
+    letters::DeadLetters,
+    log::{self, Appended, CommitRecord, Stored},
+    object::DataKey,
+    stats::{Latency, Stats},
+    store::Store,
+};
+use crate::{
+    fault::{Backoff, Diagnose, Fault, chain},
+    stream::Lane,
+};
+
+/// What every batch needs on its way. Shared by the lanes.
+pub(super) struct Ship {
+    pub(super) store: Store,
+    pub(super) letters: DeadLetters,
+    pub(super) stats: watch::Sender<Stats>,
+    /// As many encoders as cores: more would only take memory.
+    pub(super) encoders: Semaphore,
+}
+
+/// How a batch ended.
+pub(super) enum Landing {
+    /// Its records exist, by our commit record.
+    Landed { stored: Box<Stored>, landing: Latency, dead_letters: u64 },
+    /// Another writer has landed records from the same offset on.
+    Another,
+}
+
+/// Waits between tries; the store may be away for hours.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(10);
+
+impl Ship {
+    /// Lands a batch behind the commit record whose hash is `previous`. An error is one that no repetition mends.
+    pub(super) async fn land(&self, batch: Sealed, table: &str, previous: Option<String>) -> Result<Landing, Error> {
+        let object = self.encode(batch, table).await?;
+        let Object { record, timestamps_ms, parquet, dead } = &object;
+        if !dead.is_empty() {
+            let lane = Lane { topic: record.topic.as_str().into(), partition: record.partition };
+            warn!(%lane, dead_letters = dead.len(), "records that are no text go to the dead-letter topic");
+            self.retried(|| self.letters.send(&lane, dead)).await?;
+        }
+        self.retried(|| self.store.put(&record.data, parquet.clone())).await?;
+        // Built once: whatever was written by a try whose answer was lost is recognised by its bytes.
+        let record = CommitRecord { previous, written_at: Utc::now(), ..record.clone() };
+        match self.retried(|| log::append(&self.store, &record)).await? {
+            Appended::Another(_) => Ok(Landing::Another),
+            Appended::Ours(stored) => {
+                let (now_ms, mut landing) = (now_ms(), Latency::default());
+                timestamps_ms.iter().for_each(|it| landing.add(u64::try_from(now_ms - it).unwrap_or_default()));
+                Ok(Landing::Landed { stored: Box::new(stored), landing, dead_letters: dead.len() as u64 })
+            }
+        }
+    }
+
+    async fn encode(&self, batch: Sealed, table: &str) -> Result<Object, Error> {
+        let _encoder = self.encoders.acquire().await.expect("the semaphore is never closed");
+        let table = table.to_owned();
+        tokio::task::spawn_blocking(move || Object::new(batch, table)).await?
+    }
+
+    /// Tries until it succeeds or until trying makes no sense. Says what it waits for, and when the wait is over.
+    pub(super) async fn retried<T, F>(&self, attempt: impl Fn() -> F + Send) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>> + Send,
+    {
+        let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
+        let mut failed_at_store = None;
+        loop {
+            let error = match attempt().await {
+                Ok(done) => {
+                    if let Some(at_store) = failed_at_store {
+                        self.stats.send_modify(|it| *it.trouble(at_store) = None);
+                        info!("the other side answers again");
+                    }
+                    return Ok(done);
+                }
+                Err(error) => error,
+            };
+            let remedy = match error.fault() {
+                Fault::Transient => String::new(),
+                Fault::Operator(remedy) => format!(" ({remedy})"),
+                Fault::Data(_) | Fault::Bug => return Err(error),
+            };
+            let trouble = format!("{}{remedy}", chain(&error));
+            let at_store = matches!(error, Error::StoreAway { .. } | Error::StoreRefuses { .. });
+            if failed_at_store.replace(at_store).is_none() {
+                warn!(error = trouble, "waiting; nothing is lost");
+            }
+            self.stats.send_modify(|it| *it.trouble(at_store) = Some(trouble));
+            tokio::time::sleep(backoff.delay()).await;
+        }
+    }
+}
+
+/// A batch as it will lie in the bucket.
+struct Object {
+    /// Complete but for its place in the chain and the time it is written.
+    record: CommitRecord,
+    timestamps_ms: Vec<i64>,
+    parquet: Bytes,
+    dead: Vec<DeadLetter>,
+}
+
+impl Object {
+    fn new(batch: Sealed, table: String) -> Result<Self, Error> {
+        let (timestamp_min, timestamp_max) = batch.timestamps_ms();
+        let timestamps_ms = batch.runs.iter().flat_map(|it| it.timestamps_ms.iter().copied()).collect();
+        let (lane, first_offset, last_offset, date) = (batch.lane.clone(), batch.first_offset, batch.last_offset, batch.date);
+        let encoded = encode::encode(batch).map_err(|error| Error::Encode(error.into()))?;
+        let sha256 = log::sha256_hex(&encoded.parquet);
+        let data = DataKey { table, date, partition: lane.partition, first_offset, last_offset, hash: DataKey::hash_of(&sha256) };
+        let record = CommitRecord {
+            schema: log::SCHEMA,
+            topic: lane.topic.to_string(),
+            partition: lane.partition,
+            first_offset,
+            last_offset,
+            rows: encoded.rows,
+            data: data.to_string(),
+            bytes: encoded.parquet.len() as u64,
+            sha256,
+            timestamp_min,
+            timestamp_max,
+            previous: None,
+            written_at: Utc::now(),
+        };
+        Ok(Self { record, timestamps_ms, parquet: encoded.parquet, dead: encoded.dead })
+    }
+}
+
+pub(super) fn now_ms() -> i64 {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since_1970.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// Everything a landing needs from its lane, and what it gives back to it.
+pub(super) struct Flight {
+    pub(super) lane: Lane,
+    /// The lane's life to which this flight belongs: a lane that was lost and found again has a new one.
+    pub(super) life: u64,
+    pub(super) landing: Result<Landing, Error>,
+}
+
+pub(super) async fn fly(ship: Arc<Ship>, batch: Sealed, table: String, previous: Option<String>, life: u64) -> Flight {
+    let lane = batch.lane.clone();
+    let landing = ship.land(batch, &table, previous).await;
+    Flight { lane, life, landing }
+}

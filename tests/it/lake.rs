@@ -1,0 +1,537 @@
+//! The lake on a real store and a real Kafka protocol: exactly once, under kills, races, rebalances and outages.
+
+use std::{
+    collections::BTreeMap,
+    num::NonZeroUsize,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use ledgerline::{
+    change::Topics,
+    embedded::s3::{self, Server},
+    fault::{Diagnose as _, Fault},
+    lake::{self, Access, Config, Error, Options, Proof, Stats, Store},
+    secret::Secret,
+    stage::{self, Handle, Phase},
+    units::{Size, Span},
+};
+use rdkafka::{
+    ClientConfig,
+    mocking::MockCluster,
+    producer::{DefaultProducerContext, FutureProducer, FutureRecord},
+};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    sync::Notify,
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+use url::Url;
+
+const CUSTOMERS: &str = "bank.public.customers";
+const WAIT: Duration = Duration::from_secs(60);
+
+/// A store and a broker of this test's own.
+struct House {
+    cluster: MockCluster<'static, DefaultProducerContext>,
+    server: Server,
+    dir: TempDir,
+}
+
+impl House {
+    async fn open() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let server = Server::start(s3_config(&dir, 0)).await.expect("the store starts");
+        Self { cluster: MockCluster::new(1).expect("a mock cluster"), server, dir }
+    }
+
+    fn kafka(&self) -> String {
+        self.cluster.bootstrap_servers()
+    }
+
+    fn access(&self) -> Access {
+        access(self.server.endpoint())
+    }
+
+    async fn store(&self) -> Store {
+        Store::connect(&self.access()).await.expect("the store answers")
+    }
+
+    /// A sink of the given group, stopped by [`Sink::stop`] or killed by [`Sink::kill`].
+    async fn sink(&self, config: Config) -> Sink {
+        Sink::start(self.store().await, self.kafka(), config)
+    }
+
+    async fn proof(&self) -> Proof {
+        lake::verify(&self.store().await, &topics(), Options::default()).await.expect("the store answers")
+    }
+
+    /// Every value in the lake by lane and offset; a value that lies there twice fails the test.
+    async fn landed(&self) -> BTreeMap<(String, i32, i64), Option<String>> {
+        let (store, mut all) = (self.store().await, BTreeMap::new());
+        for lane in lake::log::lanes(&store).await.expect("lanes") {
+            for record in lake::log::after(&store, &lane.topic, lane.partition, None, usize::MAX).await.expect("records") {
+                for batch in lake::read(&store, &record).await.expect("an object") {
+                    for row in lake::rows(&batch) {
+                        let before = all.insert((lane.topic.to_string(), lane.partition, row.offset), row.value.map(str::to_owned));
+                        assert_eq!(before, None, "{lane} offset {} lies there twice", row.offset);
+                    }
+                }
+            }
+        }
+        all
+    }
+}
+
+fn s3_config(dir: &TempDir, port: u16) -> s3::Config {
+    s3::Config {
+        dir: dir.path().join("s3"),
+        port,
+        access_key_id: "lake-test".into(),
+        secret_access_key: Secret::new("lake-test-secret"),
+        buckets: vec![],
+        ..s3::Config::default()
+    }
+}
+
+fn access(endpoint: Url) -> Access {
+    Access {
+        endpoint: Some(endpoint),
+        region: "us-east-1".into(),
+        bucket: "lake".into(),
+        access_key_id: "lake-test".into(),
+        secret_access_key: Secret::new("lake-test-secret"),
+    }
+}
+
+fn topics() -> Topics {
+    Topics::new("bank")
+}
+
+fn config() -> Config {
+    Config { age_max: Span::from_millis(100), ..Config::default() }
+}
+
+fn cut(rows_max: usize) -> Config {
+    Config { rows_max: NonZeroUsize::new(rows_max).expect("not zero"), ..config() }
+}
+
+struct Sink {
+    handle: Handle<Stats>,
+    task: JoinHandle<Result<(), Error>>,
+}
+
+impl Sink {
+    fn start(store: Store, kafka: String, config: Config) -> Self {
+        let (handle, control) = stage::control(Stats::default(), Phase::Running, &CancellationToken::new());
+        Self { handle, task: tokio::spawn(lake::run(store, kafka, topics(), config, control)) }
+    }
+
+    async fn until(&mut self, what: &str, reached: impl FnMut(&Stats) -> bool) -> Stats {
+        let waited = tokio::time::timeout(WAIT, self.handle.stats.wait_for(reached)).await;
+        let reached = waited.map(|it| it.expect("the stage runs").clone());
+        reached.unwrap_or_else(|_| panic!("never {what}: {:#?}", *self.handle.stats.borrow()))
+    }
+
+    async fn landed(&mut self, topic: &str, partition: i32, offset: i64) -> Stats {
+        let reached = |it: &Stats| it.lanes.iter().any(|it| it.topic == topic && it.partition == partition && it.landed_offset >= Some(offset));
+        self.until(&format!("landed {topic}[{partition}] up to {offset}"), reached).await
+    }
+
+    async fn stop(self) -> Result<(), Error> {
+        self.handle.stop.cancel();
+        tokio::time::timeout(WAIT, self.task).await.expect("it stops").expect("it does not panic")
+    }
+
+    /// Nothing is drained, committed or said: the nearest to kill -9 inside one process.
+    async fn kill(self) {
+        self.task.abort();
+        let _ = self.task.await;
+    }
+}
+
+fn producer(kafka: &str) -> FutureProducer {
+    ClientConfig::new().set("bootstrap.servers", kafka).set("acks", "all").set("linger.ms", "1").create().expect("a producer")
+}
+
+fn value(n: i64) -> String {
+    format!("{{\"before\":null,\"after\":{{\"id\":{n},\"name\":\"Zoë 🦀\"}},\"op\":\"c\"}}")
+}
+
+/// Produces numbered values and waits for the broker to have them.
+async fn produce(kafka: &str, topic: &str, partition: i32, numbers: std::ops::Range<i64>) {
+    let producer = producer(kafka);
+    let sent = numbers.map(|n| {
+        let (producer, topic) = (producer.clone(), topic.to_owned());
+        tokio::spawn(async move {
+            let (key, value) = (format!("{{\"id\":{n}}}"), value(n));
+            producer.send(FutureRecord::to(&topic).partition(partition).key(&key).payload(&value), WAIT).await.expect("the broker takes it");
+        })
+    });
+    for sent in sent.collect::<Vec<_>>() {
+        sent.await.expect("sent");
+    }
+}
+
+fn values_of(landed: &BTreeMap<(String, i32, i64), Option<String>>) -> Vec<String> {
+    let mut values: Vec<String> = landed.values().map(|it| it.clone().expect("no tombstones here")).collect();
+    values.sort();
+    values
+}
+
+fn expected(numbers: std::ops::Range<i64>) -> Vec<String> {
+    let mut values: Vec<String> = numbers.map(value).collect();
+    values.sort();
+    values
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_land_by_rows_and_by_age_and_the_group_follows() {
+    let house = House::open().await;
+    house.cluster.create_topic(CUSTOMERS, 2, 1).expect("a topic");
+    produce(&house.kafka(), CUSTOMERS, 0, 0..250).await;
+    produce(&house.kafka(), CUSTOMERS, 1, 250..260).await;
+
+    let mut sink = house.sink(cut(100)).await;
+    sink.landed(CUSTOMERS, 0, 250).await;
+    let stats = sink.landed(CUSTOMERS, 1, 10).await;
+    sink.stop().await.expect("a clean stop");
+
+    let proof = house.proof().await;
+    assert_eq!(proof.findings, []);
+    assert_eq!(proof.lanes.iter().map(|it| (it.partition, it.rows, it.last_offset)).collect::<Vec<_>>(), [(0, 250, Some(249)), (1, 10, Some(9))]);
+    assert!(proof.lanes[0].objects >= 3, "100 rows are an object: {}", proof.lanes[0].objects);
+    assert_eq!((stats.tables["customers"].records, stats.landing.count()), (260, 260));
+    assert_eq!(values_of(&house.landed().await), expected(0..260));
+    let listing = lake::list(&house.store().await, &topics(), 1).await.expect("a listing");
+    assert_eq!(listing.iter().map(|it| (it.table.as_str(), it.records, it.lanes.len())).collect::<Vec<_>>(), [("customers", 260, 2)]);
+    assert_eq!(listing[0].lanes[0].newest[0].last_offset, 249);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_goes_on_behind_the_newest_commit_record() {
+    let house = House::open().await;
+    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    for round in 0..3 {
+        produce(&house.kafka(), CUSTOMERS, 0, round * 40..round * 40 + 40).await;
+        // Another group each time: the position comes from the lake alone.
+        let mut sink = house.sink(Config { group: format!("group-{round}"), ..cut(15) }).await;
+        sink.landed(CUSTOMERS, 0, round * 40 + 40).await;
+        if round == 1 { sink.kill().await } else { sink.stop().await.expect("a clean stop") }
+    }
+    assert_eq!(house.proof().await.findings, []);
+    assert_eq!(values_of(&house.landed().await), expected(0..120));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kill_between_put_and_commit_record_leaves_an_orphan_and_no_duplicate() {
+    let house = House::open().await;
+    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    produce(&house.kafka(), CUSTOMERS, 0, 0..10).await;
+    let gate = Gate::open(house.server.endpoint()).await;
+    let store = Store::connect(&access(gate.endpoint.clone())).await.expect("through the gate");
+    gate.shut.store(true, Ordering::SeqCst);
+
+    let sink = Sink::start(store, house.kafka(), config());
+    tokio::time::timeout(WAIT, gate.knocked.notified()).await.expect("a commit record is tried");
+    sink.kill().await;
+    let proof = house.proof().await;
+    assert_eq!((proof.findings.len(), proof.pending, proof.lanes.len()), (0, 1, 0), "the object is put, its records do not exist yet");
+
+    // More has come in meanwhile, so the next start cuts differently.
+    produce(&house.kafka(), CUSTOMERS, 0, 10..25).await;
+    let mut sink = house.sink(Config { group: "next".into(), ..config() }).await;
+    sink.landed(CUSTOMERS, 0, 25).await;
+    sink.stop().await.expect("a clean stop");
+
+    assert_eq!(values_of(&house.landed().await), expected(0..25));
+    let proof = lake::verify(&house.store().await, &topics(), Options { sweep: true, ..Options::default() }).await.expect("the store answers");
+    assert_eq!((proof.findings.len(), proof.orphans.len(), proof.swept), (0, 1, 1));
+    assert_eq!((house.proof().await.orphans.len(), house.landed().await.len()), (0, 25));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writers_that_do_not_know_of_each_other_land_every_record_once() {
+    let house = House::open().await;
+    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    // Zombies: same lane, other groups, other cuts.
+    let mut sinks = Vec::new();
+    for (group, rows_max) in [("one", 7), ("two", 11), ("three", 13)] {
+        sinks.push(house.sink(Config { group: group.into(), age_max: Span::from_millis(20), ..cut(rows_max) }).await);
+    }
+    for first in (0..400).step_by(20) {
+        produce(&house.kafka(), CUSTOMERS, 0, first..first + 20).await;
+    }
+    let mut races = 0;
+    for mut sink in sinks {
+        races += sink.landed(CUSTOMERS, 0, 400).await.races;
+        sink.stop().await.expect("a clean stop");
+    }
+    assert!(races > 0, "they met");
+    assert_eq!(house.proof().await.findings, []);
+    assert_eq!(values_of(&house.landed().await), expected(0..400));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn revoked_partitions_are_read_again_without_duplicates() {
+    let house = House::open().await;
+    house.cluster.create_topic(CUSTOMERS, 4, 1).expect("a topic");
+    let mut first = house.sink(cut(9)).await;
+    for partition in 0..4 {
+        produce(&house.kafka(), CUSTOMERS, partition, 0..50).await;
+        first.landed(CUSTOMERS, partition, 50).await;
+    }
+    // The second takes over half of the lanes while more comes in.
+    let mut second = house.sink(cut(9)).await;
+    for partition in 0..4 {
+        produce(&house.kafka(), CUSTOMERS, partition, 50..100).await;
+    }
+    second.until("has lanes", |it| !it.lanes.is_empty()).await;
+    first.stop().await.expect("a clean stop");
+    second.until("has all lanes", |it| it.lanes.len() == 4 && it.lanes.iter().all(|it| it.landed_offset >= Some(100))).await;
+    second.stop().await.expect("a clean stop");
+
+    assert_eq!(house.proof().await.findings, []);
+    assert_eq!(house.landed().await.len(), 400);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_ends_before_the_position_stops_the_lane_loudly() {
+    let mut house = House::open().await;
+    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    produce(&house.kafka(), CUSTOMERS, 0, 0..20).await;
+    let mut sink = house.sink(config()).await;
+    sink.landed(CUSTOMERS, 0, 20).await;
+    sink.stop().await.expect("a clean stop");
+
+    // The topic is made anew, with fewer records.
+    house.cluster = MockCluster::new(1).expect("a mock cluster");
+    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    house.cluster.create_topic("bank.public.accounts", 1, 1).expect("a topic");
+    produce(&house.kafka(), CUSTOMERS, 0, 0..5).await;
+    produce(&house.kafka(), "bank.public.accounts", 0, 0..5).await;
+    let mut sink = house.sink(config()).await;
+    let stats = sink.until("stopped", |it| it.lanes.iter().any(|it| it.trouble.is_some())).await;
+    let trouble = stats.lanes.iter().find_map(|it| it.trouble.clone()).expect("trouble");
+    assert!(trouble.contains("created anew") && trouble.contains("cdc.topic_prefix"), "{trouble}");
+    sink.landed("bank.public.accounts", 0, 5).await;
+
+    let error = sink.stop().await.expect_err("the lane's error comes back");
+    assert!(matches!(&error, Error::LaneStopped { lane, .. } if lane == "bank.public.customers[0]"), "{error}");
+    assert!(matches!(error.fault(), Fault::Operator(_)));
+    assert_eq!(house.proof().await.findings, []);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_is_away_is_waited_for_and_nothing_is_lost() {
+    let mut house = House::open().await;
+    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    // A small budget: the lanes are held while nothing lands.
+    let small = Config { memory_max: Size(64 * 1024), bytes_max: Size(16 * 1024), ..config() };
+    let mut sink = house.sink(small).await;
+    produce(&house.kafka(), CUSTOMERS, 0, 0..10).await;
+    sink.landed(CUSTOMERS, 0, 10).await;
+
+    let (port, kafka) = (house.server.endpoint().port().expect("a port"), house.kafka());
+    house.server.stop().await;
+    produce(&kafka, CUSTOMERS, 0, 10..3_000).await;
+    let stats = sink.until("waiting", |it| it.store_trouble.is_some() && it.open_bytes > 32 * 1024).await;
+    assert_eq!(stats.lanes[0].landed_offset, Some(10));
+    assert!(stats.open_bytes < 2 * 1024 * 1024, "memory is bounded: {}", stats.open_bytes);
+
+    house.server = Server::start(s3_config(&house.dir, port)).await.expect("the store starts again");
+    let stats = sink.landed(CUSTOMERS, 0, 3_000).await;
+    assert_eq!(stats.store_trouble, None);
+    sink.stop().await.expect("a clean stop");
+    assert_eq!(house.proof().await.findings, []);
+    assert_eq!(values_of(&house.landed().await), expected(0..3_000));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_sink_reads_nothing_until_it_is_resumed() {
+    let house = House::open().await;
+    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    let mut sink = house.sink(config()).await;
+    produce(&house.kafka(), CUSTOMERS, 0, 0..10).await;
+    sink.landed(CUSTOMERS, 0, 10).await;
+
+    sink.handle.wanted.send_replace(Phase::Paused);
+    sink.until("paused", |it| it.phase == Phase::Paused).await;
+    produce(&house.kafka(), CUSTOMERS, 0, 10..30).await;
+    // Two looks at the log's end prove that it had the time to read.
+    let seen = sink.until("saw the end", |it| it.lanes[0].end_offset == Some(30)).await.lanes[0].end_seen_ms;
+    let stats = sink.until("saw it again", |it| it.lanes[0].end_seen_ms > seen).await;
+    assert_eq!((stats.lanes[0].landed_offset, stats.lag()), (Some(10), Some(20)));
+
+    sink.handle.wanted.send_replace(Phase::Running);
+    sink.landed(CUSTOMERS, 0, 30).await;
+    sink.stop().await.expect("a clean stop");
+    assert_eq!(values_of(&house.landed().await), expected(0..30));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn topics_that_come_later_are_taken_up_and_foreign_ones_are_not() {
+    let house = House::open().await;
+    let mut sink = house.sink(config()).await;
+    for topic in [CUSTOMERS, "bank.transaction", "other.public.customers", "bank.dead_letters", "xbank.public.customers"] {
+        house.cluster.create_topic(topic, 1, 1).expect("a topic");
+        produce(&house.kafka(), topic, 0, 0..3).await;
+    }
+    sink.landed(CUSTOMERS, 0, 3).await;
+    sink.landed("bank.transaction", 0, 3).await;
+    house.cluster.create_topic("bank.audit.events", 1, 1).expect("a topic");
+    produce(&house.kafka(), "bank.audit.events", 0, 0..3).await;
+    let stats = sink.landed("bank.audit.events", 0, 3).await;
+    sink.stop().await.expect("a clean stop");
+    assert_eq!(stats.tables.keys().collect::<Vec<_>>(), ["audit.events", "boundaries", "customers"]);
+    assert_eq!(house.proof().await.findings, []);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_no_text_becomes_a_dead_letter_and_is_counted() {
+    let house = House::open().await;
+    for topic in [CUSTOMERS, "bank.dead_letters"] {
+        house.cluster.create_topic(topic, 1, 1).expect("a topic");
+    }
+    produce(&house.kafka(), CUSTOMERS, 0, 0..3).await;
+    let garbage: [u8; 4] = [0xFF, 0x00, 0xC3, 0x28];
+    producer(&house.kafka()).send(FutureRecord::<[u8], [u8]>::to(CUSTOMERS).payload(&garbage), WAIT).await.expect("the broker takes it");
+
+    let mut sink = house.sink(config()).await;
+    let stats = sink.landed(CUSTOMERS, 0, 4).await;
+    sink.stop().await.expect("a clean stop");
+
+    assert_eq!((stats.tables["customers"].records, stats.tables["customers"].dead_letters), (3, 1));
+    let proof = house.proof().await;
+    assert_eq!((proof.findings.len(), proof.lanes[0].rows, proof.lanes[0].holes), (0, 3, 1));
+    let letter = first_message(&house.kafka(), "bank.dead_letters").await;
+    assert_eq!(
+        letter,
+        (
+            Some(garbage.to_vec()),
+            vec![
+                ("reason".into(), "the value is not UTF-8".into()),
+                ("topic".into(), CUSTOMERS.into()),
+                ("partition".into(), "0".into()),
+                ("offset".into(), "3".into())
+            ]
+        )
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn verify_finds_every_damage_and_goes_on() {
+    let house = House::open().await;
+    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    produce(&house.kafka(), CUSTOMERS, 0, 0..60).await;
+    let mut sink = house.sink(cut(10)).await;
+    sink.landed(CUSTOMERS, 0, 60).await;
+    sink.stop().await.expect("a clean stop");
+    let store = house.store().await;
+    let records = lake::log::after(&store, CUSTOMERS, 0, None, usize::MAX).await.expect("records");
+    assert!(records.len() >= 6);
+    let findings = async || {
+        let proof = lake::verify(&store, &topics(), Options::default()).await.expect("the store answers");
+        proof.findings.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(findings().await, Vec::<String>::new());
+
+    // A bit flips in one object, another is gone, a commit record is gone, another is rewritten.
+    let mut damaged = store.get(&records[0].data).await.expect("answers").expect("there").to_vec();
+    damaged[200] ^= 1;
+    store.put(&records[0].data, damaged.into()).await.expect("put");
+    store.delete(&records[1].data).await.expect("deleted");
+    store.delete(&records[3].key()).await.expect("deleted");
+    let mut forged = records[5].clone();
+    forged.previous = Some("0".repeat(64));
+    store.put(&forged.key(), forged.to_bytes()).await.expect("put");
+
+    let found = findings().await;
+    let about = |key: &str, what: &str| found.iter().filter(|it| it.starts_with(key) && it.contains(what)).count();
+    assert_eq!(about(&records[0].data, "SHA-256"), 1, "{found:#?}");
+    assert_eq!(about(&records[1].data, "missing"), 1, "{found:#?}");
+    assert_eq!(about(&records[4].key(), "gap: the offsets 30 to 39"), 1, "{found:#?}");
+    assert_eq!(about(&records[5].key(), "previous"), 1, "{found:#?}");
+    let error = lake::log::after(&store, CUSTOMERS, 0, Some(9), usize::MAX).await.expect_err("a loader does not step over a gap");
+    assert!(matches!(error.fault(), Fault::Data(_)), "{error}");
+    assert!(matches!(lake::read(&store, &records[0]).await, Err(Error::Damaged { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wrong_keys_and_a_missing_store_are_told_apart() {
+    let house = House::open().await;
+    let wrong = Access { secret_access_key: Secret::new("wrong"), ..house.access() };
+    let error = Store::connect(&wrong).await.expect_err("refused");
+    assert!(matches!(error.fault(), Fault::Operator(_)), "{error:?}");
+
+    let endpoint = house.server.endpoint();
+    house.server.stop().await;
+    let error = Store::connect(&access(endpoint)).await.expect_err("nobody listens");
+    assert!(matches!(error.fault(), Fault::Transient), "{error:?}");
+}
+
+/// The headers without the time, and the payload.
+async fn first_message(kafka: &str, topic: &str) -> (Option<Vec<u8>>, Vec<(String, String)>) {
+    use rdkafka::{
+        Message as _, Offset, TopicPartitionList,
+        consumer::{BaseConsumer, Consumer as _},
+        message::Headers as _,
+    };
+    let (kafka, topic) = (kafka.to_owned(), topic.to_owned());
+    let read = tokio::task::spawn_blocking(move || {
+        let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", &kafka).set("group.id", "reader").create().expect("a consumer");
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(&topic, 0, Offset::Beginning).expect("a lane");
+        consumer.assign(&list).expect("assigned");
+        let message = consumer.poll(WAIT).expect("a message").expect("no error");
+        let text = |bytes: Option<&[u8]>| String::from_utf8(bytes.expect("a value").to_vec()).expect("text");
+        let headers = message.headers().expect("headers").iter().filter(|it| it.key != "timestamp_ms").map(|it| (it.key.to_owned(), text(it.value))).collect();
+        (message.payload().map(Into::into), headers)
+    });
+    read.await.expect("read")
+}
+
+/// Stands before a store and, once shut, lets no commit record through: the request is taken and never answered.
+struct Gate {
+    endpoint: Url,
+    shut: Arc<AtomicBool>,
+    knocked: Arc<Notify>,
+}
+
+impl Gate {
+    async fn open(store: Url) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let endpoint = Url::parse(&format!("http://{}", listener.local_addr().expect("an address"))).expect("a URL");
+        let (shut, knocked) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
+        let (is_shut, knocks) = (Arc::clone(&shut), Arc::clone(&knocked));
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let server = TcpStream::connect(("127.0.0.1", store.port().expect("a port"))).await.expect("the store listens");
+                tokio::spawn(pass(client, server, Arc::clone(&is_shut), Arc::clone(&knocks)));
+            }
+        });
+        Self { endpoint, shut, knocked }
+    }
+}
+
+async fn pass(client: TcpStream, server: TcpStream, shut: Arc<AtomicBool>, knocks: Arc<Notify>) {
+    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) = (client.into_split(), server.into_split());
+    let answers = tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(n_bytes @ 1..) = from_client.read(&mut buffer).await {
+        if shut.load(Ordering::SeqCst) && buffer.starts_with(b"PUT /lake/_log/") {
+            knocks.notify_one();
+            std::future::pending::<()>().await;
+        }
+        if to_server.write_all(&buffer[..n_bytes]).await.is_err() {
+            break;
+        }
+    }
+    answers.abort();
+}
