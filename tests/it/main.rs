@@ -7,3 +7,4 @@ mod notify;
 mod kafka;
 mod lake;
 mod s3;
+mod dbt;

@@ -1,0 +1,74 @@
+{# What differs between PostgreSQL and Snowflake, and nothing else. #}
+
+
+{# A field of a JSON column, typed: json_field('v', 'source.txId', 'integer').
+   Money stays decimal, times are UTC without a zone, dates arrive as days since 1970. #}
+{% macro json_field(column, path, type='text') -%}
+    {{ return(adapter.dispatch('json_field')(column, path, type)) }}
+{%- endmacro %}
+
+{% macro postgres__json_field(column, path, type) -%}
+    {%- set types = {'text': 'text', 'integer': 'bigint', 'money': 'numeric(18, 2)', 'rate': 'numeric(9, 4)', 'time': 'timestamp'} -%}
+    {%- set steps = path.split('.') -%}
+    {%- set text = '(' ~ column ~ (" ->> '" ~ path ~ "'" if steps | length == 1 else " #>> '{" ~ steps | join(', ') ~ "}'") ~ ')' -%}
+    {{ "(date '1970-01-01' + " ~ text ~ '::integer)' if type == 'date' else text ~ '::' ~ types[type] }}
+{%- endmacro %}
+
+{% macro snowflake__json_field(column, path, type) -%}
+    {%- set types = {'text': 'varchar', 'integer': 'number(38, 0)', 'money': 'number(18, 2)', 'rate': 'number(9, 4)', 'time': 'timestamp_ntz'} -%}
+    {%- set value = column ~ ':' ~ path -%}
+    {{ 'dateadd(day, ' ~ value ~ "::integer, '1970-01-01'::date)" if type == 'date' else value ~ '::' ~ types[type] }}
+{%- endmacro %}
+
+
+{# The row an event is about: `after`, or `before` where it was deleted. Not a coalesce: on Snowflake a JSON null is not NULL. #}
+{% macro row_image(envelope, op) -%}
+    {{ return(adapter.dispatch('row_image')(envelope, op)) }}
+{%- endmacro %}
+
+{% macro postgres__row_image(envelope, op) -%}
+    ({{ envelope }} -> case when {{ op }} = 'd' then 'before' else 'after' end)
+{%- endmacro %}
+
+{% macro snowflake__row_image(envelope, op) -%}
+    get({{ envelope }}, iff({{ op }} = 'd', 'before', 'after'))
+{%- endmacro %}
+
+
+{# How many rows of a table an END says its transaction changed. Its list has no particular order and leaves untouched tables out. #}
+{% macro rows_owed(boundary, table) -%}
+    {{ return(adapter.dispatch('rows_owed')(boundary, table)) }}
+{%- endmacro %}
+
+{% macro postgres__rows_owed(boundary, table) -%}
+    coalesce(jsonb_path_query_first({{ boundary }}, '$.data_collections[*] ? (@.data_collection == "public.{{ table }}").event_count')::bigint, 0)
+{%- endmacro %}
+
+{% macro snowflake__rows_owed(boundary, table) -%}
+    coalesce(filter({{ boundary }}:data_collections, it -> it:data_collection = 'public.{{ table }}')[0]:event_count::integer, 0)
+{%- endmacro %}
+
+
+{% macro timestamp_from_micros(microseconds) -%}
+    {{ return(adapter.dispatch('timestamp_from_micros')(microseconds)) }}
+{%- endmacro %}
+
+{% macro postgres__timestamp_from_micros(microseconds) -%}
+    (timestamp '1970-01-01' + ({{ microseconds }}) * interval '1 microsecond')
+{%- endmacro %}
+
+{% macro snowflake__timestamp_from_micros(microseconds) -%}
+    to_timestamp_ntz({{ microseconds }}, 6)
+{%- endmacro %}
+
+
+{# A table just built has no statistics until autovacuum comes round, and the next model joins it now. #}
+{% macro analyze_when_new() -%}
+    {{ return(adapter.dispatch('analyze_when_new')()) }}
+{%- endmacro %}
+
+{% macro default__analyze_when_new() -%}{%- endmacro %}
+
+{% macro postgres__analyze_when_new() -%}
+    {% if execute and not is_incremental() %}analyze {{ this }}{% endif %}
+{%- endmacro %}

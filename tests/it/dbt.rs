@@ -1,0 +1,378 @@
+//! dbt on a real PostgreSQL: the worker in good and bad days, and the project against a simulated bank.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use ledgerline::{
+    dbt::{Command, Config, Error, Invocation, Kind, NodeEvent, RunResults, Status, TASKS, Target, Worker},
+    fault::{Diagnose as _, Fault},
+    secret::Secret,
+};
+use serde_json::{Value, json};
+use sqlx::{Connection as _, Executor as _, PgConnection};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// Far beyond what anything here takes; a test that hangs says so.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+const RAW: &str = r#"
+    create schema raw;
+    create table raw._loads (topic text, partition integer, first_offset bigint, last_offset bigint, object text, rows bigint, loaded_at timestamptz);
+    create table raw._snapshot_ends (topic text, partition integer, end_offset bigint);
+    create table raw._rejected (topic text, partition integer, "offset" bigint, reason text);
+"#;
+
+fn python() -> PathBuf {
+    std::env::var_os("LEDGERLINE_TEST_PYTHON").map(PathBuf::from).expect("LEDGERLINE_TEST_PYTHON names a python with dbt")
+}
+
+fn postgres() -> String {
+    std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned())
+}
+
+fn project() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("dbt")
+}
+
+/// A warehouse of its own for one test, with the tables the loader makes.
+struct Warehouse {
+    name: String,
+    url: String,
+    sql: PgConnection,
+}
+
+impl Warehouse {
+    async fn create(name: &str) -> Self {
+        let name = format!("dbt_{name}_{}", std::process::id());
+        let mut server = PgConnection::connect(&postgres()).await.unwrap();
+        server.execute(sqlx::AssertSqlSafe(format!("drop database if exists {name} with (force)"))).await.unwrap();
+        server.execute(sqlx::AssertSqlSafe(format!("create database {name}"))).await.unwrap();
+        let mut url = url::Url::parse(&postgres()).unwrap();
+        url.set_path(&name);
+        let mut sql = PgConnection::connect(url.as_str()).await.unwrap();
+        sql.execute(RAW).await.unwrap();
+        for table in ["customers", "accounts", "transactions", "ledger_entries", "boundaries"] {
+            let columns = "v jsonb, _topic text, _partition integer, _offset bigint, _object text, _loaded_at timestamptz, primary key (_partition, _offset)";
+            sql.execute(sqlx::AssertSqlSafe(format!("create table raw.{table} ({columns})"))).await.unwrap();
+        }
+        Self { name, url: url.into(), sql }
+    }
+
+    /// Lands a record at the end of its lane, as the loader does.
+    async fn land(&mut self, table: &str, value: Value) {
+        let topic = if table == "boundaries" { "bank.transaction".to_owned() } else { format!("bank.public.{table}") };
+        let insert = format!(
+            "with it as (insert into raw.{table} (v, _topic, _partition, _offset) select $1, $2, 0, coalesce(max(_offset) + 1, 0) from raw.{table} returning _offset)
+             insert into raw._loads (topic, partition, first_offset, last_offset, rows) select $2, 0, _offset, _offset, 1 from it"
+        );
+        sqlx::query(sqlx::AssertSqlSafe(insert)).bind(value).bind(topic).execute(&mut self.sql).await.unwrap();
+    }
+
+    /// One commit: its changes `(table, op, row)` and its END.
+    async fn commit(&mut self, xid: i64, changes: &[(&str, &str, Value)]) {
+        let lsn = xid * 1000;
+        let mut owed = serde_json::Map::new();
+        for (order, (table, op, row)) in changes.iter().enumerate() {
+            let place = lsn + i64::try_from(order).unwrap();
+            let source = json!({"txId": xid, "lsn": place, "ts_us": 1_790_000_000_000_000_i64 + lsn, "table": table});
+            self.land(table, json!({"before": null, "after": row, "source": source, "op": op})).await;
+            let count = owed.get(*table).and_then(Value::as_i64).unwrap_or(0) + 1;
+            owed.insert((*table).to_owned(), count.into());
+        }
+        let collections: Vec<Value> = owed.iter().map(|(table, count)| json!({"data_collection": format!("public.{table}"), "event_count": count})).collect();
+        let end = json!({"status": "END", "id": format!("{xid}:{}", lsn + 500), "event_count": changes.len(), "data_collections": collections, "ts_ms": 1_790_000_000_000_i64 + lsn});
+        self.land("boundaries", end).await;
+    }
+
+    /// A customer with an account, and 100.00 paid in; `credited` is what the outside world is booked for it.
+    async fn open_account(&mut self, credited: &str) {
+        let now = "2026-03-01T12:34:56.123456Z";
+        let customer = json!({"id": 1, "first_name": "Zoë", "last_name": "O'Neil", "email": "zoe@example.com", "phone": null, "date_of_birth": -3653, "address": "1 Main Street", "status": "ACTIVE", "created_at": now, "updated_at": now});
+        let account = |balance: &str| json!({"id": 7, "account_number": "DE07", "customer_id": 1, "account_type": "SAVINGS", "status": "ACTIVE", "currency": "EUR", "balance": balance, "interest_rate": "1.2500", "opened_at": now, "closed_at": null, "created_at": now, "updated_at": now});
+        let payment = json!({"id": 3, "account_id": 7, "related_account_id": null, "txn_type": "DEPOSIT", "direction": "CREDIT", "amount": "100.00", "balance_after": "100.00", "status": "COMPLETED", "reference": "R3", "description": null, "created_at": now, "posted_at": now});
+        let entry = |id: i64, account: Value, kind: &str, amount: &str| json!({"id": id, "transaction_id": 3, "account_id": account, "entry_type": kind, "amount": amount, "created_at": now});
+        self.commit(700, &[("customers", "c", customer)]).await;
+        self.commit(701, &[("accounts", "c", account("0.00"))]).await;
+        let entries = (entry(11, json!(7), "DEBIT", "100.00"), entry(12, Value::Null, "CREDIT", credited));
+        self.commit(702, &[("transactions", "c", payment), ("ledger_entries", "c", entries.0), ("ledger_entries", "c", entries.1), ("accounts", "u", account("100.00"))]).await;
+    }
+
+    async fn one(&mut self, query: &'static str) -> String {
+        sqlx::query_scalar(query).fetch_one(&mut self.sql).await.unwrap()
+    }
+
+    async fn drop(self) {
+        self.sql.close().await.unwrap();
+        let mut server = PgConnection::connect(&postgres()).await.unwrap();
+        server.execute(sqlx::AssertSqlSafe(format!("drop database {} with (force)", self.name))).await.unwrap();
+    }
+}
+
+async fn start(warehouse: &Warehouse, project_dir: &Path, work_dir: &Path) -> Worker {
+    let config = Config { project_dir: project_dir.to_owned(), ..Config::default() };
+    Worker::start(&python(), &config, Target::from_url(&Secret::new(&*warehouse.url)).unwrap(), work_dir).await.unwrap()
+}
+
+fn quiet() -> mpsc::Sender<NodeEvent> {
+    mpsc::channel(1).0
+}
+
+fn without_snapshot(invocation: Invocation) -> Invocation {
+    invocation.with_var("snapshot", "never").with_timeout(PATIENCE)
+}
+
+async fn invoke(worker: &Worker, invocation: Invocation) -> Result<RunResults, Error> {
+    worker.invoke(without_snapshot(invocation), quiet(), CancellationToken::new()).await
+}
+
+/// All five tasks, one after the other, whatever their outcome.
+async fn tasks(worker: &Worker) -> Vec<RunResults> {
+    let mut outcomes = Vec::new();
+    for (task, ..) in TASKS {
+        outcomes.push(invoke(worker, Invocation::of_task(task).unwrap()).await.unwrap());
+    }
+    outcomes
+}
+
+/// A copy of the project, to be broken.
+fn copy_of_project() -> tempfile::TempDir {
+    fn copy(from: &Path, to: &Path) {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            let target = to.join(entry.file_name());
+            if entry.file_type().unwrap().is_dir() { copy(&entry.path(), &target) } else { std::fs::copy(entry.path(), target).map(drop).unwrap() }
+        }
+    }
+    let copied = tempfile::tempdir().unwrap();
+    copy(&project(), copied.path());
+    copied
+}
+
+#[tokio::test]
+async fn landed_envelopes_become_facts_and_every_node_tells_its_state_live() {
+    let (mut warehouse, work_dir) = (Warehouse::create("facts").await, tempfile::tempdir().unwrap());
+    warehouse.open_account("100.00").await;
+    let worker = start(&warehouse, &project(), work_dir.path()).await;
+
+    let (events, mut heard) = mpsc::channel(100);
+    let staging = worker.invoke(without_snapshot(Invocation::of_task("dbt_staging").unwrap()), events, CancellationToken::new()).await.unwrap();
+    let outcomes = tasks(&worker).await;
+
+    let cut = staging.nodes.iter().find(|it| it.node.name == "cut").unwrap();
+    assert_eq!((cut.node.kind, cut.node.status, cut.node.rows), (Kind::Model, Status::Success, Some(1)));
+    let mut states: Vec<Status> = Vec::new();
+    while let Some(event) = heard.recv().await {
+        states.extend((event.name == "cut").then_some(event.status));
+    }
+    assert_eq!(states, [Status::Running, Status::Success]);
+    assert_eq!(outcomes.iter().filter_map(RunResults::explain).collect::<Vec<_>>(), Vec::<String>::new());
+    assert!(outcomes[4].tests().pass > 10);
+    let account = warehouse.one("select concat_ws(' ', account_id, balance, opened_at, is_current) from analytics.dim_accounts where is_current").await;
+    assert_eq!(account, "7 100.00 2026-03-01 12:34:56.123456 t");
+    assert_eq!(warehouse.one("select concat_ws(' ', first_name, last_name, date_of_birth) from analytics.dim_customers").await, "Zoë O'Neil 1960-01-01");
+    assert_eq!(warehouse.one("select concat_ws(' ', transaction_id, amount, status) from analytics.fct_transactions").await, "3 100.00 COMPLETED");
+    let nodes = worker.nodes();
+    for (place, node) in nodes.iter().enumerate() {
+        for parent in &node.depends_on {
+            assert!(nodes[..place].iter().any(|it| it.unique_id == *parent), "{} stands before {parent}", node.name);
+        }
+    }
+    assert_eq!(nodes.iter().filter(|it| it.kind == Kind::Snapshot).count(), 2);
+    assert!(!project().join("target").exists(), "dbt writes to its work dir, never into the project");
+
+    worker.stop().await;
+    warehouse.drop().await;
+}
+
+#[tokio::test]
+async fn a_failing_test_shows_its_rows_and_its_sql_until_the_bank_is_in_balance_again() {
+    let (mut warehouse, work_dir) = (Warehouse::create("failing").await, tempfile::tempdir().unwrap());
+    warehouse.open_account("99.99").await;
+    let worker = start(&warehouse, &project(), work_dir.path()).await;
+
+    let outcomes = tasks(&worker).await;
+    let again = invoke(&worker, Invocation::of_task("dbt_test_analytics").unwrap()).await.unwrap();
+
+    for tests in [&outcomes[4], &again] {
+        assert!(!tests.ok());
+        let failed: Vec<_> = tests.failed().collect();
+        assert_eq!(failed.iter().map(|it| it.node.name.as_str()).collect::<Vec<_>>(), ["assert_debit_equals_credit"]);
+        let failing = failed[0].failing.as_ref().unwrap();
+        assert_eq!(failing.columns, ["transaction_id", "debit", "credit"]);
+        assert_eq!(failing.rows, [["3", "100.00", "99.99"].map(|it| Some(it.to_owned()))]);
+        let compiled = std::fs::read_to_string(failed[0].compiled.as_ref().unwrap()).unwrap();
+        assert!(compiled.contains("having sum("), "{compiled}");
+    }
+
+    let corrected = json!({"id": 12, "transaction_id": 3, "account_id": null, "entry_type": "CREDIT", "amount": "100.00", "created_at": "2026-03-01T12:34:56.123456Z"});
+    warehouse.commit(703, &[("ledger_entries", "u", corrected)]).await;
+    let outcomes = tasks(&worker).await;
+    assert_eq!(outcomes.iter().filter_map(RunResults::explain).collect::<Vec<_>>(), Vec::<String>::new());
+
+    worker.stop().await;
+    warehouse.drop().await;
+}
+
+#[tokio::test]
+async fn a_project_broken_by_hand_shows_its_error_and_turns_green_after_the_repair() {
+    let (mut warehouse, work_dir, broken) = (Warehouse::create("broken").await, tempfile::tempdir().unwrap(), copy_of_project());
+    warehouse.open_account("100.00").await;
+    let worker = start(&warehouse, broken.path(), work_dir.path()).await;
+    let staging = || Invocation::of_task("dbt_staging").unwrap();
+    assert!(invoke(&worker, staging()).await.unwrap().ok());
+
+    let model = broken.path().join("models/staging/stg_bank__accounts.sql");
+    let sound = std::fs::read_to_string(&model).unwrap();
+    std::fs::write(&model, sound.replace("from changes", "from chnages")).unwrap();
+    let wrong_sql = invoke(&worker, staging()).await.unwrap();
+    std::fs::write(&model, sound.replace("{{ changes('accounts') }}", "{{ chnages('accounts') }}")).unwrap();
+    let wrong_macro = invoke(&worker, staging()).await;
+    std::fs::write(&model, sound.replace("{{ changes('accounts') }}", "{{ changes('accounts')")).unwrap();
+    let wrong_jinja = invoke(&worker, staging()).await;
+    std::fs::write(&model, sound).unwrap();
+    let repaired = invoke(&worker, staging()).await.unwrap();
+
+    assert!(!wrong_sql.ok());
+    let explained = wrong_sql.explain().unwrap();
+    assert!(explained.contains("stg_bank__accounts") && explained.contains("relation \"chnages\" does not exist"), "{explained}");
+    let text = match wrong_macro {
+        Ok(results) => results.explain().unwrap(),
+        Err(error) => error.to_string(),
+    };
+    assert!(text.contains("'chnages' is undefined"), "{text}");
+    match wrong_jinja {
+        Err(error @ Error::Project(_)) => {
+            assert!(error.to_string().contains("stg_bank__accounts"), "{error}");
+            assert!(matches!(error.fault(), Fault::Operator(_)));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(repaired.ok(), "{:?}", repaired.explain());
+    assert_eq!(worker.stats().borrow().starts, 1, "a broken project is no reason to start dbt again");
+
+    worker.stop().await;
+    warehouse.drop().await;
+}
+
+/// A model that takes for ever, so that a run can be met in the middle.
+fn with_endless_model(project: &Path) {
+    std::fs::write(project.join("models/staging/endless.sql"), "{{ config(materialized='table', tags=['endless'], post_hook=[]) }} select 1 as id from pg_sleep(3600)").unwrap();
+}
+
+async fn until_asleep(warehouse: &mut Warehouse, sleepers: i64) {
+    let query = "select count(*) from pg_stat_activity where datname = current_database() and application_name like 'ledgerline dbt%' and wait_event = 'PgSleep'";
+    let waited = async {
+        while sqlx::query_scalar::<_, i64>(query).fetch_one(&mut warehouse.sql).await.unwrap() != sleepers {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waited).await.expect("the number of sleeping queries is reached");
+}
+
+#[tokio::test]
+async fn a_run_is_cancelled_with_its_queries_and_a_killed_worker_is_replaced() {
+    let (mut warehouse, work_dir, project) = (Warehouse::create("cancel").await, tempfile::tempdir().unwrap(), copy_of_project());
+    warehouse.open_account("100.00").await;
+    with_endless_model(project.path());
+    let worker = start(&warehouse, project.path(), work_dir.path()).await;
+    let endless = || Invocation::new(Command::Run, ["endless"]);
+    let staging = || Invocation::new(Command::Run, ["arrivals"]);
+
+    // Cancelled: dbt ends its own queries, and the process stays.
+    let cancel = CancellationToken::new();
+    let (outcome, ()) = tokio::join!(worker.invoke(without_snapshot(endless()), quiet(), cancel.clone()), async {
+        until_asleep(&mut warehouse, 1).await;
+        cancel.cancel();
+    });
+    assert!(matches!(outcome, Err(Error::Cancelled)), "{outcome:?}");
+    until_asleep(&mut warehouse, 0).await;
+    assert!(invoke(&worker, staging()).await.unwrap().ok());
+    assert_eq!(worker.stats().borrow().starts, 1);
+
+    // Too slow.
+    let outcome = worker.invoke(endless().with_timeout(Duration::from_millis(800)), quiet(), CancellationToken::new()).await;
+    assert!(matches!(outcome, Err(Error::TimedOut(_))), "{outcome:?}");
+    until_asleep(&mut warehouse, 0).await;
+
+    // Killed: the run fails, its query sleeps on, and the next run ends it first.
+    let pid = worker.stats().borrow().pid.unwrap();
+    let (outcome, ()) = tokio::join!(invoke(&worker, endless()), async {
+        until_asleep(&mut warehouse, 1).await;
+        rustix::process::kill_process(rustix::process::Pid::from_raw(pid.cast_signed()).unwrap(), rustix::process::Signal::KILL).unwrap();
+    });
+    match outcome {
+        Err(error @ Error::Died { .. }) => assert!(error.to_string().contains("signal: 9") && error.fault() == Fault::Transient, "{error}"),
+        other => panic!("{other:?}"),
+    }
+    assert!(invoke(&worker, staging()).await.unwrap().ok());
+    until_asleep(&mut warehouse, 0).await;
+    assert_eq!(worker.stats().borrow().starts, 2);
+
+    // Stopped in the middle: nothing is left, neither process nor query.
+    let pid = worker.stats().borrow().pid.unwrap();
+    let (outcome, ()) = tokio::join!(invoke(&worker, endless()), async {
+        until_asleep(&mut warehouse, 1).await;
+        worker.clone().stop().await;
+    });
+    assert!(outcome.is_err(), "{outcome:?}");
+    until_asleep(&mut warehouse, 0).await;
+    let gone = rustix::process::test_kill_process(rustix::process::Pid::from_raw(pid.cast_signed()).unwrap());
+    assert_eq!(gone, Err(rustix::io::Errno::SRCH));
+    assert!(matches!(invoke(&worker, staging()).await, Err(Error::Stopped)));
+    warehouse.drop().await;
+}
+
+#[tokio::test]
+async fn a_dbt_that_cannot_start_says_what_to_do() {
+    let (warehouse, work_dir) = (Warehouse::create("start").await, tempfile::tempdir().unwrap());
+    let target = Target::from_url(&Secret::new(&*warehouse.url)).unwrap();
+
+    let config = Config { project_dir: work_dir.path().join("nowhere"), ..Config::default() };
+    let nowhere = Worker::start(&python(), &config, target.clone(), work_dir.path()).await;
+    assert!(matches!(nowhere, Err(Error::NoProject(_))), "{nowhere:?}");
+
+    let config = Config { project_dir: project(), ..Config::default() };
+    let missing = Worker::start(Path::new("/nowhere/python"), &config, target.clone(), work_dir.path()).await.unwrap();
+    let outcome = invoke(&missing, Invocation::new(Command::Run, ["cut"])).await;
+    assert!(matches!(&outcome, Err(error @ Error::Start { .. }) if matches!(error.fault(), Fault::Operator(_))), "{outcome:?}");
+
+    // A python without dbt: it dies, and its last words say why.
+    let bare = work_dir.path().join("bare.sh");
+    std::fs::write(&bare, "#!/bin/sh\necho \"ModuleNotFoundError: No module named 'dbt'\" >&2\nexit 1\n").unwrap();
+    std::fs::set_permissions(&bare, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let bare = Worker::start(&bare, &config, target, work_dir.path()).await.unwrap();
+    let outcome = invoke(&bare, Invocation::new(Command::Run, ["cut"])).await;
+    assert!(matches!(&outcome, Err(Error::Died { stderr, .. }) if stderr.contains("No module named 'dbt'")), "{outcome:?}");
+    warehouse.drop().await;
+}
+
+/// A handful of landing states by default; `LEDGERLINE_TEST_LANDING_STATES=110 LEDGERLINE_TEST_SEEDS=1,2,3,4,5` for a night.
+#[tokio::test]
+async fn analytics_is_the_bank_as_it_was_at_the_cut_at_every_landing_state() {
+    let (warehouse, work_dir) = (Warehouse::create("states").await, tempfile::tempdir().unwrap());
+    let states = std::env::var("LEDGERLINE_TEST_LANDING_STATES").unwrap_or_else(|_| "4".to_owned());
+    let seeds = std::env::var("LEDGERLINE_TEST_SEEDS").unwrap_or_else(|_| "2,5,3".to_owned());
+    let transactions = if states.parse::<u32>().unwrap() > 20 { "1800" } else { "300" };
+
+    let output = tokio::process::Command::new(python())
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/dbt/landing_states.py"))
+        .args(["--database", &warehouse.url, "--seeds", &seeds, "--states", &states, "--transactions", transactions, "--big", "100"])
+        .arg("--work-dir")
+        .arg(work_dir.path())
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .unwrap();
+
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}");
+    println!("{said}");
+    warehouse.drop().await;
+}
