@@ -2,9 +2,9 @@
 
 #[cfg(test)]
 mod dag;
-#[cfg(test)]
-mod notify;
+mod dbt;
 mod kafka;
 mod lake;
+#[cfg(test)]
+mod notify;
 mod s3;
-mod dbt;
