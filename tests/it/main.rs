@@ -8,3 +8,4 @@ mod lake;
 #[cfg(test)]
 mod notify;
 mod s3;
+mod warehouse;

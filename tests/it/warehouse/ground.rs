@@ -1,0 +1,172 @@
+//! What the tests stand on: a database of their own, a lake of their own.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use ledgerline::{
+    change::Topics,
+    embedded::s3,
+    lake::{
+        self, Access, Store,
+        batch::Sealed,
+        encode::encode,
+        log::{Appended, CommitRecord, SCHEMA, Stored, append, sha256_hex},
+        object::{DataKey, date_of},
+    },
+    secret::Secret,
+    stream::{Lane, records::Records},
+    units::Size,
+    warehouse::{load, postgres::Postgres},
+};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
+
+/// When everything landed: 2026-11-22.
+const LANDED_MS: i64 = 1_795_300_000_000;
+
+/// Where databases are made.
+fn server() -> url::Url {
+    let address = std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned());
+    address.parse().expect("LEDGERLINE_TEST_POSTGRES is a URL")
+}
+
+/// A database that is dropped at the end of a test that passes.
+pub(super) struct Database {
+    name: String,
+    pub(super) url: Secret,
+    pub(super) pool: PgPool,
+}
+
+impl Database {
+    pub(super) async fn create() -> Self {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let name = format!("warehouse_{}_{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let mut url = server();
+        let mut admin = PgConnection::connect(url.as_str()).await.expect("a PostgreSQL to test on");
+        for sql in [format!("drop database if exists {name} with (force)"), format!("create database {name}")] {
+            sqlx::query(AssertSqlSafe(sql)).execute(&mut admin).await.expect("databases can be made");
+        }
+        url.set_path(&name);
+        let pool = PgPool::connect(url.as_str()).await.expect("the new database answers");
+        Self { name, url: Secret::new(url.as_str()), pool }
+    }
+
+    pub(super) async fn drop(self) {
+        self.pool.close().await;
+        let mut admin = PgConnection::connect(server().as_str()).await.expect("the server is there");
+        sqlx::query(AssertSqlSafe(format!("drop database {} with (force)", self.name))).execute(&mut admin).await.expect("our database can be dropped");
+    }
+
+    pub(super) async fn run(&self, sql: &str) {
+        sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&self.pool).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+    }
+
+    pub(super) async fn number(&self, sql: &str) -> i64 {
+        sqlx::query_scalar(AssertSqlSafe(sql.to_owned())).fetch_one(&self.pool).await.unwrap_or_else(|error| panic!("{sql}: {error}"))
+    }
+}
+
+/// A warehouse and the lake it is loaded from.
+pub(super) struct Ground {
+    pub(super) database: Database,
+    pub(super) warehouse: Postgres,
+    pub(super) store: Store,
+    pub(super) topics: Topics,
+    server: s3::Server,
+    _dir: tempfile::TempDir,
+}
+
+impl Ground {
+    pub(super) async fn new() -> Self {
+        let database = Database::create().await;
+        let warehouse = Postgres::connect(&database.url).await.expect("connects");
+        warehouse.prepare().await.expect("prepares");
+        let dir = tempfile::tempdir().expect("a directory");
+        let config = s3::Config {
+            dir: dir.path().to_owned(),
+            access_key_id: "someone".to_owned(),
+            secret_access_key: Secret::new("something"),
+            buckets: vec!["lake".to_owned()],
+            reserve: Size(1 << 20),
+            ..s3::Config::default()
+        };
+        let server = s3::Server::start(config).await.expect("an S3 server starts");
+        let access = Access {
+            endpoint: Some(server.endpoint()),
+            region: "us-east-1".to_owned(),
+            bucket: "lake".to_owned(),
+            access_key_id: "someone".to_owned(),
+            secret_access_key: Secret::new("something"),
+        };
+        let store = Store::connect(&access).await.expect("the lake answers");
+        Self { database, warehouse, store, topics: Topics::new("bank"), server, _dir: dir }
+    }
+
+    pub(super) async fn end(self) {
+        self.server.stop().await;
+        self.database.drop().await;
+    }
+
+    pub(super) async fn load(&self, table: &str) -> load::Loaded {
+        load::load(&self.store, &self.warehouse, &self.topics, table, |_| {}).await.expect("loads")
+    }
+
+    pub(super) async fn load_all(&self) {
+        for table in ["customers", "accounts", "transactions", "ledger_entries", "boundaries"] {
+            self.load(table).await;
+        }
+    }
+
+    /// Lands values behind what the lane already has, as one object; None is a tombstone.
+    pub(super) async fn land(&self, topic: &str, partition: i32, values: &[Option<Vec<u8>>]) -> CommitRecord {
+        let newest = lake::log::newest(&self.store, topic, partition, None).await.expect("the lake answers");
+        self.land_behind(newest, topic, partition, values).await.record
+    }
+
+    pub(super) async fn land_behind(&self, before: Option<Stored>, topic: &str, partition: i32, values: &[Option<Vec<u8>>]) -> Stored {
+        let first_offset = before.as_ref().map_or(0, |it| it.record.last_offset + 1);
+        let last_offset = first_offset + values.len() as i64 - 1;
+        let mut run = Records::default();
+        for (offset, value) in (first_offset..).zip(values) {
+            run.push(offset, LANDED_MS, Some(b"{}"), value.as_deref());
+        }
+        let (lane, date) = (Lane { topic: topic.into(), partition }, date_of(LANDED_MS));
+        let encoded = encode(Sealed { lane, first_offset, last_offset, date, rows: values.len(), runs: vec![run] }).expect("encodes");
+        assert_eq!(encoded.dead, []);
+        let sha256 = sha256_hex(&encoded.parquet);
+        let table = self.topics.lake_name(topic).expect("a topic that lands");
+        let record = CommitRecord {
+            schema: SCHEMA,
+            topic: topic.to_owned(),
+            partition,
+            first_offset,
+            last_offset,
+            rows: encoded.rows,
+            data: DataKey { table, date, partition, first_offset, last_offset, hash: DataKey::hash_of(&sha256) }.to_string(),
+            bytes: encoded.parquet.len() as u64,
+            sha256,
+            timestamp_min: LANDED_MS,
+            timestamp_max: LANDED_MS,
+            previous: before.map(|it| it.sha256),
+            written_at: chrono::Utc::now(),
+        };
+        self.store.put(&record.data, encoded.parquet).await.expect("puts");
+        match append(&self.store, &record).await.expect("appends") {
+            Appended::Ours(stored) => stored,
+            Appended::Another(_) => panic!("nobody else writes here"),
+        }
+    }
+
+    /// The bucket loses a commit record.
+    pub(super) async fn lose(&self, record: &CommitRecord) {
+        self.store.delete(&record.key()).await.expect("deletes");
+    }
+}
+
+/// A change of a customer that says its own number; enough for the loader.
+pub(super) fn envelope(id: i64) -> Option<Vec<u8>> {
+    let source = format!(r#"{{"version":"x","txId":{},"lsn":{},"ts_us":1790000000000000}}"#, 700 + id, 10_000 + id);
+    Some(format!(r#"{{"before":null,"after":{{"id":{id},"first_name":"Zoë \"Ada\" \\"}},"source":{source},"op":"c","ts_ms":1}}"#).into_bytes())
+}
+
+pub(super) fn envelopes(ids: std::ops::Range<i64>) -> Vec<Option<Vec<u8>>> {
+    ids.map(envelope).collect()
+}
