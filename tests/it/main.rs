@@ -7,5 +7,7 @@ mod kafka;
 mod lake;
 #[cfg(test)]
 mod notify;
+#[cfg(test)]
+mod refresh;
 mod s3;
 mod warehouse;
