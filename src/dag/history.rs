@@ -319,13 +319,13 @@ const UPSERT_RUN: &str = "insert into ledgerline.dag_run (dag_id, run_id, run_ty
          end_date = excluded.end_date, cancelled = excluded.cancelled, reported = excluded.reported";
 
 const UPSERT_TASKS: &str = "insert into ledgerline.task_instance (dag_id, run_id, task_id, place, state, try_number, max_tries, interruptions, \
-         start_date, end_date, retry_at, error, note) \
-     select $1, $2, t.task_id, ordinality, t.state, t.try_number, t.max_tries, t.interruptions, t.start_date, t.end_date, t.retry_at, t.error, t.note \
+         start_date, end_date, retry_at, error, fault, note) \
+     select $1, $2, t.task_id, ordinality, t.state, t.try_number, t.max_tries, t.interruptions, t.start_date, t.end_date, t.retry_at, t.error, t.fault, t.note \
      from rows from (jsonb_to_recordset($3) as (task_id text, state text, try_number integer, max_tries integer, interruptions integer, \
-         start_date timestamptz, end_date timestamptz, retry_at timestamptz, error text, note jsonb)) with ordinality as t \
+         start_date timestamptz, end_date timestamptz, retry_at timestamptz, error text, fault text, note jsonb)) with ordinality as t \
      on conflict (dag_id, run_id, task_id) do update set place = excluded.place, state = excluded.state, try_number = excluded.try_number, \
          max_tries = excluded.max_tries, interruptions = excluded.interruptions, start_date = excluded.start_date, end_date = excluded.end_date, \
-         retry_at = excluded.retry_at, error = excluded.error, note = excluded.note";
+         retry_at = excluded.retry_at, error = excluded.error, fault = excluded.fault, note = excluded.note";
 
 /// The current try of each task that has one; a cleared or never started task has no `start_date`.
 const UPSERT_TRIES: &str = "insert into ledgerline.task_try (dag_id, run_id, task_id, try_number, state, start_date, end_date, error) \

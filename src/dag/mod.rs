@@ -32,7 +32,7 @@ mod task;
 pub use history::{History, Line, Try};
 pub use order::{Answer, Gone, Handle, Order, Refusal, Request, orders};
 pub use plan::{BadPlan, Plan, Task, TaskState, TriggerRule};
-pub use progress::{INTERRUPTED, Run, RunRef, RunState, RunType, TaskInstance};
+pub use progress::{INTERRUPTED, Matter, Run, RunRef, RunState, RunType, TaskInstance};
 pub use run::{Deal, Report, run};
 pub use schedule::Schedule;
 pub use stats::{DagStats, RUNS_SHOWN, RunStats, Stats, TaskStats};

@@ -73,6 +73,27 @@ impl RunType {
     }
 }
 
+/// Whose matter a failure is: [`Fault`] without its words, for lists and exit codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Matter {
+    Transient,
+    Operator,
+    Data,
+    Bug,
+}
+
+impl From<&Fault> for Matter {
+    fn from(fault: &Fault) -> Self {
+        match fault {
+            Fault::Transient => Self::Transient,
+            Fault::Operator(_) => Self::Operator,
+            Fault::Data(_) => Self::Data,
+            Fault::Bug => Self::Bug,
+        }
+    }
+}
+
 macro_rules! reads_as_it_is_written {
     ($($name:ty: $($state:expr),+;)+) => {$(
         impl fmt::Display for $name {
@@ -142,6 +163,8 @@ pub struct TaskInstance {
     pub finished_at: Option<DateTime<Utc>>,
     pub retry_at: Option<DateTime<Utc>>,
     pub error: Option<String>,
+    /// Whose matter the error is.
+    pub fault: Option<Matter>,
     pub note: Value,
 }
 
@@ -229,7 +252,7 @@ impl Run {
                 task.state = TaskState::Running;
                 task.try_number += 1;
                 task.started_at = Some(now);
-                (task.finished_at, task.retry_at, task.error) = (None, None, None);
+                (task.finished_at, task.retry_at, task.error, task.fault) = (None, None, None, None);
                 started.push(place);
             } else if due && task.state == TaskState::Scheduled {
                 task.state = TaskState::Queued;
@@ -256,6 +279,7 @@ impl Run {
             Err(error) => {
                 let said = error.remedy().map_or_else(|| error.text.clone(), |remedy| format!("{}\n{remedy}", error.text));
                 task.error = Some(bounded(&said, ERROR_BYTES_MAX));
+                task.fault = Some(Matter::from(&error.fault));
                 task.note = bounded_note(error.note);
                 let again = error.fault == Fault::Transient && !self.cancelled && task.try_number <= task.max_tries;
                 task.state = if again { TaskState::UpForRetry } else { TaskState::Failed };

@@ -34,6 +34,7 @@ create table ledgerline.task_instance (
     end_date timestamptz,
     retry_at timestamptz,
     error text,
+    fault text,
     note jsonb,
     primary key (dag_id, run_id, task_id),
     foreign key (dag_id, run_id) references ledgerline.dag_run on delete cascade

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     plan::{Plan, TaskState},
-    progress::{Run, RunRef, RunState, RunType, TaskInstance, seconds_between},
+    progress::{Matter, Run, RunRef, RunState, RunType, TaskInstance, seconds_between},
 };
 use crate::stage::Phase;
 
@@ -74,6 +74,8 @@ pub struct TaskStats {
     pub retry_at: Option<DateTime<Utc>>,
     /// The first line of what went wrong.
     pub error: Option<String>,
+    /// Whose matter that is.
+    pub fault: Option<Matter>,
 }
 
 impl Stats {
@@ -125,6 +127,7 @@ impl From<&TaskInstance> for TaskStats {
             seconds: task.seconds(),
             retry_at: task.retry_at,
             error: task.error.as_deref().and_then(|it| it.lines().next()).map(str::to_owned),
+            fault: task.fault,
         }
     }
 }

@@ -14,6 +14,8 @@ pub struct Limits {
     pub rows_max: usize,
     /// Keys and values before compression. One larger record makes a batch of its own.
     pub bytes_max: u64,
+    /// All open batches together; beyond it the largest is sealed early, so that many lanes share a bounded memory.
+    pub open_bytes_max: u64,
     /// Wall-clock time since the first record came in, so that a quiet lane lands too.
     pub age_max: Duration,
 }
@@ -97,7 +99,15 @@ impl Batches {
             }
             rest = behind;
         }
+        sealed.extend(self.seal_largest());
         sealed
+    }
+
+    fn seal_largest(&mut self) -> Option<Sealed> {
+        let open_bytes = |it: &Filling| it.open.as_ref().map_or(0, |open| open.bytes);
+        let total: u64 = self.lanes.values().map(open_bytes).sum();
+        let (lane, largest) = self.lanes.iter_mut().max_by_key(|(_, it)| open_bytes(it))?;
+        if total > self.limits.open_bytes_max { largest.seal(lane) } else { None }
     }
 
     /// When the oldest open batch has to be sealed.
@@ -186,7 +196,7 @@ mod tests {
     }
 
     fn limits(rows_max: usize, bytes_max: u64) -> Limits {
-        Limits { rows_max, bytes_max, age_max: Duration::from_secs(5) }
+        Limits { rows_max, bytes_max, open_bytes_max: u64::MAX, age_max: Duration::from_secs(5) }
     }
 
     fn run(offsets: &[i64], timestamp_ms: impl Fn(i64) -> i64) -> Records {
@@ -247,6 +257,23 @@ mod tests {
         let sealed = batches.take_due(due_at);
 
         assert_eq!((sealed.len(), sealed[0].first_offset, sealed[0].last_offset), (1, 0, 2));
+    }
+
+    #[test]
+    fn many_lanes_share_a_bounded_memory() {
+        let mut batches = Batches::new(Limits { open_bytes_max: 100, ..limits(1_000, 1_000_000) });
+        let lanes: Vec<Lane> = (0..10).map(|partition| Lane { partition, ..lane() }).collect();
+        lanes.iter().for_each(|it| batches.begin(it.clone(), 0));
+        let mut sealed = Vec::new();
+        for offset in 0..10 {
+            for lane in &lanes {
+                sealed.extend(batches.push(lane, run(&[offset], |_| 0), Instant::now()));
+                let open: usize = lanes.iter().filter_map(|it| batches.open(it)).map(|(rows, _)| rows).sum();
+                assert!(open * 8 <= 100, "{open} rows of 8 bytes are open");
+            }
+        }
+        sealed.extend(batches.take_all());
+        assert_eq!(sealed.iter().map(|it| it.rows).sum::<usize>(), 100);
     }
 
     #[test]

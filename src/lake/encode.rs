@@ -83,22 +83,16 @@ pub fn encode(batch: Sealed) -> Result<Encoded, ParquetError> {
     let mut writer = ArrowWriter::try_new(Vec::new(), Arc::clone(&schema), Some(properties()))?;
     let mut rows = 0;
     for run in batch.runs {
-        let clean = match arrays(&schema, &batch.lane.topic, batch.lane.partition, run) {
-            Ok(clean) => clean,
-            Err(run) => arrays(&schema, &batch.lane.topic, batch.lane.partition, without_dead_letters(&run, &mut dead))
-                .map_err(|_| ParquetError::General("records that were checked are no text".to_owned()))?,
-        };
+        let run = if is_text(&run.keys) && is_text(&run.values) { run } else { without_dead_letters(&run, &mut dead) };
+        let clean = arrays(&schema, &batch.lane.topic, batch.lane.partition, run)?;
         rows += clean.num_rows() as u64;
         writer.write(&clean)?;
     }
     Ok(Encoded { parquet: writer.into_inner()?.into(), rows, dead })
 }
 
-/// The run's own buffers as Arrow arrays. Gives the run back when some text in it is not UTF-8.
-fn arrays(schema: &SchemaRef, topic: &str, partition: i32, mut run: Records) -> Result<RecordBatch, Records> {
-    if !is_text(&run.keys) || !is_text(&run.values) {
-        return Err(run);
-    }
+/// The run's own buffers as Arrow arrays; its texts were found to be text.
+fn arrays(schema: &SchemaRef, topic: &str, partition: i32, mut run: Records) -> Result<RecordBatch, ParquetError> {
     let n_rows = run.len();
     let columns: Vec<ArrayRef> = vec![
         Arc::new(StringArray::new_repeated(topic, n_rows)),
@@ -108,10 +102,10 @@ fn arrays(schema: &SchemaRef, topic: &str, partition: i32, mut run: Records) -> 
         Arc::new(texts(&mut run.keys)),
         Arc::new(texts(&mut run.values)),
     ];
-    Ok(RecordBatch::try_new(Arc::clone(schema), columns).expect("columns of one run have one length and the schema's types"))
+    Ok(RecordBatch::try_new(Arc::clone(schema), columns)?)
 }
 
-/// Takes the column's bytes without copying them. They were found to be text.
+/// Takes the column's bytes without copying them.
 fn texts(column: &mut Column) -> StringArray {
     let mut ends = OffsetBufferBuilder::new(column.lengths.len());
     column.lengths.iter().for_each(|it| ends.push_length(*it as usize));

@@ -10,7 +10,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    num::{NonZeroU64, NonZeroUsize},
+    num::NonZeroUsize,
     sync::Arc,
     time::Duration,
 };
@@ -99,8 +99,10 @@ impl Default for Config {
 }
 
 impl Config {
+    /// Half of the memory may be open; the other half is on its way.
     pub fn limits(&self) -> Limits {
-        Limits { rows_max: self.rows_max.get(), bytes_max: NonZeroU64::new(self.bytes_max.0).map_or(1, NonZeroU64::get), age_max: *self.age_max }
+        let open_bytes_max = self.memory_max.0 / 2;
+        Limits { rows_max: self.rows_max.get(), bytes_max: self.bytes_max.0.min(open_bytes_max), open_bytes_max, age_max: *self.age_max }
     }
 }
 
@@ -191,7 +193,7 @@ impl Sink {
 
     fn take(&mut self, event: Event) {
         match event {
-            Event::Records { lane, start, records } => self.push(&lane, start, records),
+            Event::Records { lane, start, records } => self.push(&lane, start, *records),
             Event::Assigned(lanes) => lanes.into_iter().for_each(|it| self.search(it)),
             Event::Revoked(lanes) => {
                 info!(lanes = lanes.len(), "lanes revoked");

@@ -37,7 +37,7 @@ pub(super) struct Ship {
 /// How a batch ended.
 pub(super) enum Landing {
     /// Its records exist, by our commit record.
-    Landed { stored: Stored, landing: Latency, dead_letters: u64 },
+    Landed { stored: Box<Stored>, landing: Latency, dead_letters: u64 },
     /// Another writer has landed records from the same offset on.
     Another,
 }
@@ -64,7 +64,7 @@ impl Ship {
             Appended::Ours(stored) => {
                 let (now_ms, mut landing) = (now_ms(), Latency::default());
                 timestamps_ms.iter().for_each(|it| landing.add(u64::try_from(now_ms - it).unwrap_or_default()));
-                Ok(Landing::Landed { stored, landing, dead_letters: dead.len() as u64 })
+                Ok(Landing::Landed { stored: Box::new(stored), landing, dead_letters: dead.len() as u64 })
             }
         }
     }

@@ -60,7 +60,7 @@ pub enum Event {
     /// These lanes are ours no more; nothing of them follows.
     Revoked(Vec<Lane>),
     /// What follows in a lane, read since the start with this number.
-    Records { lane: Lane, start: u64, records: Records },
+    Records { lane: Lane, start: u64, records: Box<Records> },
     /// Whether all lanes are held still, after [`Consumer::hold`].
     Held(bool),
     /// Some lane's position is outside the broker's log; Kafka's client does not say which.
@@ -512,7 +512,7 @@ impl Worker {
 
     fn hand_over(&mut self) -> Result<(), Ended> {
         for reading in self.reading.iter_mut().filter(|it| !it.run.is_empty()) {
-            let mut records = std::mem::take(&mut reading.run);
+            let mut records = Box::new(std::mem::take(&mut reading.run));
             records.lease_from(&self.shared.budget);
             let event = Event::Records { lane: reading.lane.clone(), start: reading.start, records };
             self.events.blocking_send(event).map_err(|_| Ended)?;

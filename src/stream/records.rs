@@ -171,7 +171,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn records(rows: &[(Option<Vec<u8>>, Option<Vec<u8>>)]) -> Records {
+    type Text = Option<Vec<u8>>;
+
+    fn records(rows: &[(Text, Text)]) -> Records {
         let mut records = Records::default();
         for (offset, (key, value)) in (0..).zip(rows) {
             records.push(offset, 1_000 + offset, key.as_deref(), value.as_deref());
@@ -179,7 +181,7 @@ mod tests {
         records
     }
 
-    fn rows(records: &Records) -> Vec<(i64, i64, Option<Vec<u8>>, Option<Vec<u8>>)> {
+    fn rows(records: &Records) -> Vec<(i64, i64, Text, Text)> {
         let texts = records.keys.rows().zip(records.values.rows());
         let clocks = records.offsets.iter().zip(&records.timestamps_ms);
         clocks.zip(texts).map(|((offset, clock), (key, value))| (*offset, *clock, key.map(Into::into), value.map(Into::into))).collect()
@@ -188,7 +190,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_run_split_and_joined_is_the_same_run(
-            all in prop::collection::vec(any::<(Option<Vec<u8>>, Option<Vec<u8>>)>(), 1..20), place in any::<prop::sample::Index>(),
+            all in prop::collection::vec(any::<(Text, Text)>(), 1..20), place in any::<prop::sample::Index>(),
         ) {
             let budget = Budget::new(1);
             let mut front = records(&all);

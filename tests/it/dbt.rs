@@ -98,7 +98,11 @@ impl Warehouse {
         self.commit(700, &[("customers", "c", customer)]).await;
         self.commit(701, &[("accounts", "c", account("0.00"))]).await;
         let entries = (entry(11, json!(7), "DEBIT", "100.00"), entry(12, Value::Null, "CREDIT", credited));
-        self.commit(702, &[("transactions", "c", payment), ("ledger_entries", "c", entries.0), ("ledger_entries", "c", entries.1), ("accounts", "u", account("100.00"))]).await;
+        self.commit(
+            702,
+            &[("transactions", "c", payment), ("ledger_entries", "c", entries.0), ("ledger_entries", "c", entries.1), ("accounts", "u", account("100.00"))],
+        )
+        .await;
     }
 
     async fn one(&mut self, query: &'static str) -> String {
@@ -209,7 +213,8 @@ async fn a_failing_test_shows_its_rows_and_its_sql_until_the_bank_is_in_balance_
         assert!(compiled.contains("having sum("), "{compiled}");
     }
 
-    let corrected = json!({"id": 12, "transaction_id": 3, "account_id": null, "entry_type": "CREDIT", "amount": "100.00", "created_at": "2026-03-01T12:34:56.123456Z"});
+    let corrected =
+        json!({"id": 12, "transaction_id": 3, "account_id": null, "entry_type": "CREDIT", "amount": "100.00", "created_at": "2026-03-01T12:34:56.123456Z"});
     warehouse.commit(703, &[("ledger_entries", "u", corrected)]).await;
     let outcomes = tasks(&worker).await;
     assert_eq!(outcomes.iter().filter_map(RunResults::explain).collect::<Vec<_>>(), Vec::<String>::new());
@@ -261,11 +266,16 @@ async fn a_project_broken_by_hand_shows_its_error_and_turns_green_after_the_repa
 
 /// A model that takes for ever, so that a run can be met in the middle.
 fn with_endless_model(project: &Path) {
-    std::fs::write(project.join("models/staging/endless.sql"), "{{ config(materialized='table', tags=['endless'], post_hook=[]) }} select 1 as id from pg_sleep(3600)").unwrap();
+    std::fs::write(
+        project.join("models/staging/endless.sql"),
+        "{{ config(materialized='table', tags=['endless'], post_hook=[]) }} select 1 as id from pg_sleep(3600)",
+    )
+    .unwrap();
 }
 
 async fn until_asleep(warehouse: &mut Warehouse, sleepers: i64) {
-    let query = "select count(*) from pg_stat_activity where datname = current_database() and application_name like 'ledgerline dbt%' and wait_event = 'PgSleep'";
+    let query =
+        "select count(*) from pg_stat_activity where datname = current_database() and application_name like 'ledgerline dbt%' and wait_event = 'PgSleep'";
     let waited = async {
         while sqlx::query_scalar::<_, i64>(query).fetch_one(&mut warehouse.sql).await.unwrap() != sleepers {
             tokio::time::sleep(Duration::from_millis(20)).await;

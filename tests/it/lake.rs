@@ -341,7 +341,7 @@ async fn a_store_that_is_away_is_waited_for_and_nothing_is_lost() {
     let (port, kafka) = (house.server.endpoint().port().expect("a port"), house.kafka());
     house.server.stop().await;
     produce(&kafka, CUSTOMERS, 0, 10..3_000).await;
-    let stats = sink.until("waiting", |it| it.store_trouble.is_some() && it.open_bytes > 64 * 1024).await;
+    let stats = sink.until("waiting", |it| it.store_trouble.is_some() && it.open_bytes > 32 * 1024).await;
     assert_eq!(stats.lanes[0].landed_offset, Some(10));
     assert!(stats.open_bytes < 2 * 1024 * 1024, "memory is bounded: {}", stats.open_bytes);
 

@@ -16,5 +16,12 @@ mod dbt;
 
 mod kafka;
 
+mod dbt;
+mod kafka;
+mod lake;
+#[cfg(test)]
+mod notify;
+#[cfg(test)]
+mod refresh;
 mod s3;
 mod warehouse;
