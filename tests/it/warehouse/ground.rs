@@ -43,7 +43,9 @@ impl Database {
         let name = format!("warehouse_{}_{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         let mut url = server();
         let mut admin = PgConnection::connect(url.as_str()).await.expect("a PostgreSQL to test on");
-        for sql in [format!("drop database if exists {name} with (force)"), format!("create database {name}")] {
+        // What a test commits need not survive the server.
+        let quick = format!("alter database {name} set synchronous_commit = off");
+        for sql in [format!("drop database if exists {name} with (force)"), format!("create database {name}"), quick] {
             sqlx::query(AssertSqlSafe(sql)).execute(&mut admin).await.expect("databases can be made");
         }
         url.set_path(&name);
