@@ -143,14 +143,30 @@ pub async fn settle(mark: &Mark, source: &Secret, store: &Store, warehouse: &Pos
     Ok(Report { ok: checks.iter().all(|it| it.ok), covered, checks })
 }
 
-/// Whether the cut has reached the mark: all that its snapshot sees was committed before its position in the WAL.
+/// Whether the cut, and every staging model behind it, has reached the mark: all that its snapshot sees was committed before its
+/// position in the WAL.
 pub async fn is_covered(mark: &Mark, warehouse: &Postgres) -> Result<bool, Error> {
     let mut connection = warehouse.pool().acquire().await.during("read the cut")?;
     reached(&mut connection, mark).await
 }
 
 async fn reached(connection: &mut PgConnection, mark: &Mark) -> Result<bool, Error> {
-    Ok(postgres::cut(connection).await.during("read the cut")?.is_some_and(|cut| cut.lsn >= mark.lsn))
+    let doing = "read the cut";
+    if postgres::cut(connection).await.during(doing)?.is_none_or(|cut| cut.lsn < mark.lsn) {
+        return Ok(false);
+    }
+    if !postgres::exists(connection, "staging.positions").await.during(doing)? {
+        return Ok(true);
+    }
+    // The cut moves first; in the middle of a run the models are still on their way to it.
+    let models: Vec<String> = TABLES.iter().map(|table| format!("stg_bank__{}", table.name)).collect();
+    let reached: i64 = sqlx::query_scalar("select count(*) from staging.positions where name = any($1) and lsn >= $2")
+        .bind(&models)
+        .bind(mark.lsn.0.cast_signed())
+        .fetch_one(connection)
+        .await
+        .during(doing)?;
+    Ok(usize::try_from(reached).is_ok_and(|it| it == TABLES.len()))
 }
 
 const BANK_AND_BOUNDARIES: [&str; 5] = [TABLES[0].name, TABLES[1].name, TABLES[2].name, TABLES[3].name, BOUNDARIES];

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt, stream};
 use ledgerline::{
     change::Topics,
     embedded::s3,
@@ -9,7 +11,7 @@ use ledgerline::{
         self, Access, Store,
         batch::Sealed,
         encode::encode,
-        log::{Appended, CommitRecord, SCHEMA, Stored, append, sha256_hex},
+        log::{Appended, CommitRecord, SCHEMA, append, sha256_hex},
         object::{DataKey, date_of},
     },
     secret::Secret,
@@ -20,7 +22,7 @@ use ledgerline::{
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 
 /// When everything landed: 2026-11-22.
-const LANDED_MS: i64 = 1_795_300_000_000;
+pub(super) const LANDED_MS: i64 = 1_795_386_400_000;
 
 /// Where databases are made.
 fn server() -> url::Url {
@@ -41,7 +43,9 @@ impl Database {
         let name = format!("warehouse_{}_{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         let mut url = server();
         let mut admin = PgConnection::connect(url.as_str()).await.expect("a PostgreSQL to test on");
-        for sql in [format!("drop database if exists {name} with (force)"), format!("create database {name}")] {
+        // What a test commits need not survive the server.
+        let quick = format!("alter database {name} set synchronous_commit = off");
+        for sql in [format!("drop database if exists {name} with (force)"), format!("create database {name}"), quick] {
             sqlx::query(AssertSqlSafe(sql)).execute(&mut admin).await.expect("databases can be made");
         }
         url.set_path(&name);
@@ -117,18 +121,44 @@ impl Ground {
 
     /// Lands values behind what the lane already has, as one object; None is a tombstone.
     pub(super) async fn land(&self, topic: &str, partition: i32, values: &[Option<Vec<u8>>]) -> CommitRecord {
-        let newest = lake::log::newest(&self.store, topic, partition, None).await.expect("the lake answers");
-        self.land_behind(newest, topic, partition, values).await.record
+        self.land_on(LANDED_MS, topic, partition, &[values.to_vec()]).await.remove(0)
     }
 
-    pub(super) async fn land_behind(&self, before: Option<Stored>, topic: &str, partition: i32, values: &[Option<Vec<u8>>]) -> Stored {
-        let first_offset = before.as_ref().map_or(0, |it| it.record.last_offset + 1);
+    /// Lands objects that were written at a given time, the data of all and then the commit records of all.
+    pub(super) async fn land_on(&self, timestamp_ms: i64, topic: &str, partition: i32, objects: &[Vec<Option<Vec<u8>>>]) -> Vec<CommitRecord> {
+        const AT_ONCE: usize = 64;
+        let newest = lake::log::newest(&self.store, topic, partition, None).await.expect("the lake answers");
+        let (mut next_offset, mut previous) = newest.map_or((0, None), |it| (it.record.last_offset + 1, Some(it.sha256)));
+        let (mut records, mut bodies) = (Vec::new(), Vec::new());
+        for values in objects {
+            let (record, parquet) = self.object(timestamp_ms, topic, partition, next_offset, previous, values);
+            (next_offset, previous) = (record.last_offset + 1, Some(sha256_hex(&record.to_bytes())));
+            bodies.push((record.data.clone(), parquet));
+            records.push(record);
+        }
+        let puts = stream::iter(bodies).map(|(key, body)| async move { self.store.put(&key, body).await });
+        puts.buffer_unordered(AT_ONCE).try_collect::<Vec<()>>().await.expect("puts");
+        let appends = stream::iter(&records).map(|record| append(&self.store, record));
+        let appended: Vec<Appended> = appends.buffer_unordered(AT_ONCE).try_collect().await.expect("appends");
+        assert!(appended.iter().all(|it| matches!(it, Appended::Ours(_))), "nobody else writes here");
+        records
+    }
+
+    fn object(
+        &self,
+        timestamp_ms: i64,
+        topic: &str,
+        partition: i32,
+        first_offset: i64,
+        previous: Option<String>,
+        values: &[Option<Vec<u8>>],
+    ) -> (CommitRecord, Bytes) {
         let last_offset = first_offset + values.len() as i64 - 1;
         let mut run = Records::default();
         for (offset, value) in (first_offset..).zip(values) {
-            run.push(offset, LANDED_MS, Some(b"{}"), value.as_deref());
+            run.push(offset, timestamp_ms, Some(b"{}"), value.as_deref());
         }
-        let (lane, date) = (Lane { topic: topic.into(), partition }, date_of(LANDED_MS));
+        let (lane, date) = (Lane { topic: topic.into(), partition }, date_of(timestamp_ms));
         let encoded = encode(Sealed { lane, first_offset, last_offset, date, rows: values.len(), runs: vec![run] }).expect("encodes");
         assert_eq!(encoded.dead, []);
         let sha256 = sha256_hex(&encoded.parquet);
@@ -143,16 +173,12 @@ impl Ground {
             data: DataKey { table, date, partition, first_offset, last_offset, hash: DataKey::hash_of(&sha256) }.to_string(),
             bytes: encoded.parquet.len() as u64,
             sha256,
-            timestamp_min: LANDED_MS,
-            timestamp_max: LANDED_MS,
-            previous: before.map(|it| it.sha256),
+            timestamp_min: timestamp_ms,
+            timestamp_max: timestamp_ms,
+            previous,
             written_at: chrono::Utc::now(),
         };
-        self.store.put(&record.data, encoded.parquet).await.expect("puts");
-        match append(&self.store, &record).await.expect("appends") {
-            Appended::Ours(stored) => stored,
-            Appended::Another(_) => panic!("nobody else writes here"),
-        }
+        (record, encoded.parquet)
     }
 
     /// The bucket loses a commit record.

@@ -10,7 +10,7 @@ use ledgerline::{
 };
 use sqlx::Row;
 
-use super::ground::{Ground, envelope, envelopes};
+use super::ground::{Ground, LANDED_MS, envelope, envelopes};
 
 const CUSTOMERS: &str = "bank.public.customers";
 
@@ -54,39 +54,52 @@ async fn objects_are_loaded_once_and_bytes_arrive_as_they_were() {
 #[tokio::test]
 async fn more_than_a_thousand_small_objects_are_loaded_in_order() {
     let ground = Ground::new().await;
-    let mut before = None;
-    for id in 0..1_100 {
-        before = Some(ground.land_behind(before, CUSTOMERS, 0, &envelopes(id * 3..id * 3 + 3)).await);
-    }
+    let objects: Vec<_> = (0..1_010).map(|id| envelopes(id * 3..id * 3 + 3)).collect();
+    ground.land_on(LANDED_MS, CUSTOMERS, 0, &objects).await;
     let mut transactions = 0;
     let loaded = load::load(&ground.store, &ground.warehouse, &ground.topics, "customers", |_| transactions += 1).await.expect("loads");
-    assert_eq!((loaded.files, loaded.rows), (1_100, 3_300));
+    assert_eq!((loaded.files, loaded.rows), (1_010, 3_030));
     assert!(transactions < 10, "objects share a transaction: {transactions}");
-    assert_whole(&ground, "customers", 3_300).await;
+    assert_whole(&ground, "customers", 3_030).await;
     ground.end().await;
 }
 
 #[tokio::test]
-async fn a_lane_that_begins_late_and_goes_on_later_is_loaded_as_it_is() {
+async fn a_day_that_lands_late_is_loaded_when_it_lands() {
+    const DAY_MS: i64 = 86_400_000;
     let ground = Ground::new().await;
     ground.land(CUSTOMERS, 0, &envelopes(0..10)).await;
     ground.load("customers").await;
-    // A day that lands after a younger one is behind it in the log, and that is all that counts.
-    ground.land(CUSTOMERS, 0, &envelopes(10..20)).await;
-    ground.land("bank.audit.odd \"name\"", 0, &envelopes(0..5)).await;
+    let late = ground.land_on(LANDED_MS - 3 * DAY_MS, CUSTOMERS, 0, &[envelopes(10..20)]).await;
+    assert!(late[0].data.contains("dt=2026-11-19"), "{}", late[0].data);
 
     assert_eq!(ground.load("customers").await.rows, 10);
+    assert_whole(&ground, "customers", 20).await;
+    ground.end().await;
+}
+
+#[tokio::test]
+async fn any_captured_table_gets_a_raw_table_whatever_its_name() {
+    let ground = Ground::new().await;
+    for table in ["audit.odd \"name\"", "public._loads", "public.Straße"] {
+        ground.land(&format!("bank.{table}"), 0, &envelopes(0..5)).await;
+    }
     assert_eq!(ground.load("audit.odd \"name\"").await.rows, 5);
+    assert_eq!(ground.load("_loads").await.rows, 5);
+    assert_eq!(ground.load("Straße").await.rows, 5);
     assert_eq!(ground.load("nobody_knows").await.rows, 0);
-    assert_eq!(ground.database.number("select count(*) from raw.\"audit.odd \"\"name\"\"\"").await, 5);
+    for table in ["\"audit.odd \"\"name\"\"\"", "\"public._loads\"", "\"Straße\""] {
+        assert_eq!(ground.database.number(&format!("select count(*) from raw.{table}")).await, 5);
+    }
     ground.end().await;
 }
 
 #[tokio::test]
 async fn of_many_loaders_at_once_each_object_is_loaded_by_one() {
     let ground = Ground::new().await;
-    for id in 0..60 {
-        ground.land(CUSTOMERS, (id % 2) as i32, &envelopes(id * 50..id * 50 + 50)).await;
+    for partition in 0..2 {
+        let objects: Vec<_> = (0..30).map(|id| envelopes(id * 50..id * 50 + 50)).collect();
+        ground.land_on(LANDED_MS, CUSTOMERS, partition, &objects).await;
     }
     let loads = (0..6).map(|_| ground.load("customers"));
     let loaded: u64 = futures_util::future::join_all(loads).await.iter().map(|it| it.rows).sum();
@@ -136,9 +149,8 @@ async fn a_loader_that_dies_between_any_two_steps_leaves_nothing_and_the_next_on
 #[tokio::test]
 async fn a_load_that_is_dropped_in_the_middle_frees_its_lane() {
     let ground = Ground::new().await;
-    for id in 0..40 {
-        ground.land(CUSTOMERS, 0, &envelopes(id * 500..id * 500 + 500)).await;
-    }
+    let objects: Vec<_> = (0..40).map(|id| envelopes(id * 500..id * 500 + 500)).collect();
+    ground.land_on(LANDED_MS, CUSTOMERS, 0, &objects).await;
     for microseconds in [1_000, 5_000, 20_000, 50_000] {
         // Cut off wherever it happens to be; the next one must not wait for it.
         let _ = tokio::time::timeout(Duration::from_micros(microseconds), ground.load("customers")).await;

@@ -109,6 +109,12 @@ async fn a_moving_bank_is_compared_at_the_mark() {
     assert!(report.ok && report.covered, "{report:?}");
     let balance = report.checks.iter().find(|it| it.name == "accounts.balance.raw_staging").expect("it is checked");
     assert_eq!(balance.actual.to_string(), "822.81");
+
+    // In the middle of a run of dbt the cut is ahead of the models.
+    ground.database.run("create table staging.positions as select 'stg_bank__' || name as name, lsn from unnest(array['customers', 'accounts', 'transactions', 'ledger_entries']) name, staging.cut").await;
+    assert!(reconcile::is_covered(&mark, &ground.warehouse).await.expect("asks"));
+    ground.database.run("update staging.positions set lsn = 0 where name = 'stg_bank__accounts'").await;
+    assert!(!reconcile::is_covered(&mark, &ground.warehouse).await.expect("asks"));
     end(bank, ground).await;
 }
 
@@ -234,6 +240,50 @@ async fn a_mark_from_before_the_snapshot_is_refused() {
     let error = reconcile::settle(&mark, &bank.source.url, &ground.store, &ground.warehouse, &ground.topics, false).await.expect_err("nobody knows that state");
     assert!(matches!(error, Error::StaleMark { .. }) && error.fault() == Fault::Transient, "{error:?}");
     end(bank, ground).await;
+}
+
+#[tokio::test]
+async fn transaction_numbers_that_came_round_are_told_apart() {
+    let ground = Ground::new().await;
+    let change = |op: &str, xid: u32, lsn: i64, id: i64, balance: &str| {
+        let value = format!(r#"{{"before":null,"after":{{"id":{id},"balance":"{balance}"}},"source":{{"txId":{xid},"lsn":{lsn}}},"op":"{op}"}}"#);
+        Some(value.into_bytes())
+    };
+    let end = |xid: u32, lsn: i64| Some(format!(r#"{{"status":"END","id":"{xid}:{lsn}","event_count":1,"data_collections":[],"ts_ms":1}}"#).into_bytes());
+    // 2 is two transactions; 5 began before the mark's position and ended unseen; 6 came after it.
+    let changes = [
+        change("c", 2, 5, 1, "1.00"),
+        change("u", 2_000_000_000, 15, 1, "2.00"),
+        change("u", 4_294_967_290, 90, 1, "3.00"),
+        change("u", 5, 190, 1, "9.00"),
+        change("c", 2, 290, 2, "7.00"),
+        change("c", 6, 390, 3, "8.00"),
+    ];
+    ground.land("bank.public.accounts", 0, &changes).await;
+    ground
+        .land(
+            "bank.transaction",
+            0,
+            &[end(2, 10), end(2_000_000_000, 20), end(4_000_000_000, 30), end(4_294_967_290, 100), end(5, 200), end(2, 300), end(6, 400)],
+        )
+        .await;
+    ground.load_all().await;
+    let empty = |table: &str| serde_json::json!({"table": table, "width": 1, "ranges": {}});
+    let accounts = serde_json::json!({"table": "accounts", "width": 10, "ranges": {"0": {"rows": 2, "cents": 1000}}});
+    let mark = serde_json::json!({
+        "taken_at": "2026-11-22T10:00:00Z", "lsn": 350, "snapshot": "4294967299:4294967304:4294967299,4294967301",
+        "tables": [empty("customers"), accounts, empty("transactions"), empty("ledger_entries")],
+    });
+    let mark: Mark = serde_json::from_value(mark).expect("a mark");
+
+    let report = reconcile::settle(&mark, &ground.database.url, &ground.store, &ground.warehouse, &ground.topics, false).await.expect("settles");
+
+    let balances: Vec<&Check> = report.checks.iter().filter(|it| it.name.starts_with("accounts.balance")).collect();
+    assert!(balances[0].ok && balances[1].ok, "{balances:?}");
+    assert_eq!((balances[0].name.as_str(), balances[1].actual.to_string()), ("accounts.balance.source_lake", "10.00".to_owned()));
+    // dbt has not been here.
+    assert!(!balances[2].ok && balances[2].actual.to_string() == "0.00");
+    ground.end().await;
 }
 
 /// Runs `then` on a warehouse that was tampered with, and puts everything back.
