@@ -222,6 +222,7 @@ async fn records_land_by_rows_and_by_age_and_the_group_follows() {
     sink.landed(CUSTOMERS, 0, 250).await;
     let stats = sink.landed(CUSTOMERS, 1, 10).await;
     sink.stop().await.expect("a clean stop");
+    assert_eq!(committed(&house.kafka(), &config().group, CUSTOMERS, 0).await, Some(250), "a hint for the next start");
 
     let proof = house.proof().await;
     assert_eq!(proof.findings, []);
@@ -374,6 +375,20 @@ async fn a_store_that_is_away_is_waited_for_and_nothing_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_ends_while_the_broker_is_away() {
+    let house = House::open().await;
+    house.create(CUSTOMERS, 1).await;
+    produce(&house.kafka(), CUSTOMERS, 0, 0..10).await;
+    let mut sink = house.sink(config()).await;
+    sink.landed(CUSTOMERS, 0, 10).await;
+
+    house.broker.stop().await;
+    sink.until("noticed", |it| it.kafka_trouble.is_some()).await;
+
+    sink.stop().await.expect("nothing is lost");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_paused_sink_reads_nothing_until_it_is_resumed() {
     let house = House::open().await;
     house.create(CUSTOMERS, 1).await;
@@ -494,6 +509,21 @@ async fn wrong_keys_and_a_missing_store_are_told_apart() {
     house.server.stop().await;
     let error = Store::connect(&access(endpoint)).await.expect_err("nobody listens");
     assert!(matches!(error.fault(), Fault::Transient), "{error:?}");
+}
+
+async fn committed(kafka: &str, group: &str, topic: &str, partition: i32) -> Option<i64> {
+    use rdkafka::{
+        Offset, TopicPartitionList,
+        consumer::{BaseConsumer, Consumer as _},
+    };
+    let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", kafka).set("group.id", group).create().expect("a consumer");
+    let mut list = TopicPartitionList::new();
+    list.add_partition(topic, partition);
+    let ask = tokio::task::spawn_blocking(move || consumer.committed_offsets(list, WAIT).expect("the broker answers"));
+    match ask.await.expect("asked").elements()[0].offset() {
+        Offset::Offset(offset) => Some(offset),
+        _ => None,
+    }
 }
 
 /// The headers without the time, and the payload.
