@@ -276,6 +276,7 @@ impl Sink {
         self.batches.forget(lane);
         if let Some(state) = self.lanes.get_mut(lane) {
             state.waiting.clear();
+            state.flying = None;
             state.state = State::Stopped(stopped);
         }
         self.tell();

@@ -109,17 +109,22 @@ struct Walk<'a> {
     tails: BTreeMap<(String, i32), i64>,
 }
 
-/// What the chain says so far.
-#[derive(Default)]
-struct Tail {
-    next_offset: Option<i64>,
-    sha256: Option<String>,
+/// What the chain says about the record that comes next.
+enum Tail {
+    /// It is the first one.
+    Beginning,
+    Known {
+        next_offset: i64,
+        sha256: String,
+    },
+    /// The one before it cannot be read, which is a finding already.
+    Unreadable,
 }
 
 impl Walk<'_> {
     async fn lane(&mut self, lane: &Lane, proof: &mut Proof) -> Result<(), Error> {
         let mut lane_proof = LaneProof { topic: lane.topic.to_string(), partition: lane.partition, ..LaneProof::default() };
-        let (mut tail, mut from_offset) = (Tail::default(), 0);
+        let (mut tail, mut from_offset) = (Tail::Beginning, 0);
         loop {
             let keys = log::keys_from(self.store, &lane.topic, lane.partition, from_offset, 1_000).await?;
             let mut fetched = stream::iter(&keys).map(|it| async { (it.key.as_str(), log::fetch(self.store, &it.key).await) }).buffered(READ_AHEAD);
@@ -129,9 +134,8 @@ impl Walk<'_> {
                     Ok(stored) => stored,
                     Err(error @ (Error::StoreAway { .. } | Error::StoreRefuses { .. })) => return Err(error),
                     Err(error) => {
-                        // What follows is judged by itself: one unreadable record is one finding.
                         proof.finds(key, chain(&error));
-                        tail = Tail::default();
+                        tail = Tail::Unreadable;
                         continue;
                     }
                 };
@@ -253,25 +257,20 @@ fn check_link(key: &str, lane: &Lane, Stored { record, sha256 }: &Stored, tail: 
     if range < 1 || i64::try_from(record.rows).is_ok_and(|it| it > range) {
         proof.finds(key, format!("{} rows do not fit the offsets {} to {}", record.rows, record.first_offset, record.last_offset));
     }
-    match tail.next_offset {
-        Some(next_offset) if record.first_offset > next_offset => {
+    match tail {
+        Tail::Known { next_offset, .. } if record.first_offset > *next_offset => {
             proof.finds(key, format!("gap: the offsets {next_offset} to {} have no commit record", record.first_offset - 1));
         }
-        Some(next_offset) if record.first_offset < next_offset => {
-            proof.finds(key, format!("overlap: the offsets {} to {} are in the record before it too", record.first_offset, next_offset - 1));
+        Tail::Known { next_offset, .. } if record.first_offset < *next_offset => {
+            proof.finds(key, format!("overlap: the offsets {} to {} are in the record before it too", record.first_offset, *next_offset - 1));
         }
-        Some(_) if record.previous != tail.sha256 => proof.finds(key, "previous is not the hash of the commit record before it"),
-        None if tail.sha256.is_none() && record.previous.is_some() && proof.findings.last().is_none_or(|it| !it.key.starts_with(&log_folder(key))) => {
-            proof.finds(key, "the chain does not begin here: the commit records before it are missing");
+        Tail::Known { sha256, .. } if record.previous.as_ref() != Some(sha256) => {
+            proof.finds(key, "previous is not the hash of the commit record before it");
         }
-        _ => {}
+        Tail::Beginning if record.previous.is_some() => proof.finds(key, "the chain does not begin here: the commit records before it are missing"),
+        Tail::Known { .. } | Tail::Beginning | Tail::Unreadable => {}
     }
-    *tail = Tail { next_offset: Some(record.last_offset + 1), sha256: Some(sha256.clone()) };
-}
-
-/// The lane's folder, to see whether its last finding was about this chain.
-fn log_folder(key: &str) -> String {
-    key.rsplit_once('/').map_or_else(String::new, |(folder, _)| format!("{folder}/"))
+    *tail = Tail::Known { next_offset: record.last_offset + 1, sha256: sha256.clone() };
 }
 
 /// What is wrong inside a data object whose hash is right.

@@ -52,7 +52,7 @@ pub struct Records {
     pub keys: Column,
     /// A null is a tombstone.
     pub values: Column,
-    leases: Vec<Lease>,
+    lease: Option<Lease>,
 }
 
 impl Records {
@@ -83,19 +83,22 @@ impl Records {
 
     /// Counts these records against a budget until they are dropped.
     pub fn lease_from(&mut self, budget: &Arc<Budget>) {
-        self.leases.push(budget.lease(self.bytes() + ROW_OVERHEAD * self.len() as u64));
+        self.lease = Some(budget.lease(self.cost()));
     }
 
-    /// Takes over the rows behind `n_rows`; what is leased stays counted here.
+    /// Takes over the rows behind `n_rows`, and their share of what is leased.
     #[must_use]
     pub fn split_off(&mut self, n_rows: usize) -> Self {
-        Self {
+        let mut behind = Self {
             offsets: self.offsets.split_off(n_rows),
             timestamps_ms: self.timestamps_ms.split_off(n_rows),
             keys: self.keys.split_off(n_rows),
             values: self.values.split_off(n_rows),
-            leases: Vec::new(),
-        }
+            lease: None,
+        };
+        let behind_bytes = behind.cost();
+        behind.lease = self.lease.as_mut().map(|it| it.split_off(behind_bytes));
+        behind
     }
 
     /// Appends a small run by copying, so that a slow lane does not hold thousands of one-row buffers.
@@ -104,12 +107,15 @@ impl Records {
         self.timestamps_ms.extend_from_slice(&other.timestamps_ms);
         self.keys.append(&other.keys);
         self.values.append(&other.values);
-        for lease in other.leases {
-            match self.leases.iter_mut().find(|it| Arc::ptr_eq(&it.budget, &lease.budget)) {
-                Some(mine) => mine.merge(lease),
-                None => self.leases.push(lease),
-            }
+        match (&mut self.lease, other.lease) {
+            (Some(mine), Some(theirs)) => mine.merge(theirs),
+            (mine @ None, theirs) => *mine = theirs,
+            (Some(_), None) => {}
         }
+    }
+
+    fn cost(&self) -> u64 {
+        self.bytes() + ROW_OVERHEAD * self.len() as u64
     }
 }
 
@@ -155,6 +161,13 @@ struct Lease {
 }
 
 impl Lease {
+    fn split_off(&mut self, bytes: u64) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Self { bytes, budget: Arc::clone(&self.budget) }
+    }
+
+    /// Both are of the one budget that a consumer has.
     fn merge(&mut self, mut other: Self) {
         self.bytes += std::mem::take(&mut other.bytes);
     }
@@ -195,9 +208,9 @@ mod tests {
             let budget = Budget::new(1);
             let mut front = records(&all);
             front.lease_from(&budget);
-            let mut back = front.split_off(place.index(all.len()));
-            back.lease_from(&budget);
-            prop_assert!(budget.used() > 0);
+            let leased = budget.used();
+            let back = front.split_off(place.index(all.len()));
+            prop_assert_eq!((leased, budget.used()), (front.cost() + back.cost(), leased));
 
             front.append(back);
 

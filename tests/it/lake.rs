@@ -12,7 +12,10 @@ use std::{
 
 use ledgerline::{
     change::Topics,
-    embedded::s3::{self, Server},
+    embedded::{
+        kafka::{self, Broker},
+        s3::{self, Server},
+    },
     fault::{Diagnose as _, Fault},
     lake::{self, Access, Config, Error, Options, Proof, Stats, Store},
     secret::Secret,
@@ -21,8 +24,9 @@ use ledgerline::{
 };
 use rdkafka::{
     ClientConfig,
-    mocking::MockCluster,
-    producer::{DefaultProducerContext, FutureProducer, FutureRecord},
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
+    producer::{FutureProducer, FutureRecord},
 };
 use tempfile::TempDir;
 use tokio::{
@@ -39,7 +43,7 @@ const WAIT: Duration = Duration::from_secs(60);
 
 /// A store and a broker of this test's own.
 struct House {
-    cluster: MockCluster<'static, DefaultProducerContext>,
+    broker: Broker,
     server: Server,
     dir: TempDir,
 }
@@ -48,11 +52,24 @@ impl House {
     async fn open() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let server = Server::start(s3_config(&dir, 0)).await.expect("the store starts");
-        Self { cluster: MockCluster::new(1).expect("a mock cluster"), server, dir }
+        let broker = Broker::start(kafka_config(&dir, "kafka")).await.expect("the broker starts");
+        Self { broker, server, dir }
     }
 
     fn kafka(&self) -> String {
-        self.cluster.bootstrap_servers()
+        self.broker.address()
+    }
+
+    /// The same store, another broker that knows nothing.
+    async fn renew_broker(&mut self) {
+        self.broker = Broker::start(kafka_config(&self.dir, "another")).await.expect("the broker starts");
+    }
+
+    async fn create(&self, topic: &str, partitions: i32) {
+        let admin: AdminClient<DefaultClientContext> = ClientConfig::new().set("bootstrap.servers", self.kafka()).create().expect("a client");
+        let topic = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
+        let created = admin.create_topics([&topic], &AdminOptions::new()).await.expect("the broker answers");
+        assert!(created.iter().all(Result::is_ok), "{created:?}");
     }
 
     fn access(&self) -> Access {
@@ -63,7 +80,6 @@ impl House {
         Store::connect(&self.access()).await.expect("the store answers")
     }
 
-    /// A sink of the given group, stopped by [`Sink::stop`] or killed by [`Sink::kill`].
     async fn sink(&self, config: Config) -> Sink {
         Sink::start(self.store().await, self.kafka(), config)
     }
@@ -87,6 +103,10 @@ impl House {
         }
         all
     }
+}
+
+fn kafka_config(dir: &TempDir, name: &str) -> kafka::Config {
+    kafka::Config { dir: dir.path().join(name), ..kafka::Config::default() }
 }
 
 fn s3_config(dir: &TempDir, port: u16) -> s3::Config {
@@ -194,7 +214,7 @@ fn expected(numbers: std::ops::Range<i64>) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn records_land_by_rows_and_by_age_and_the_group_follows() {
     let house = House::open().await;
-    house.cluster.create_topic(CUSTOMERS, 2, 1).expect("a topic");
+    house.create(CUSTOMERS, 2).await;
     produce(&house.kafka(), CUSTOMERS, 0, 0..250).await;
     produce(&house.kafka(), CUSTOMERS, 1, 250..260).await;
 
@@ -202,6 +222,7 @@ async fn records_land_by_rows_and_by_age_and_the_group_follows() {
     sink.landed(CUSTOMERS, 0, 250).await;
     let stats = sink.landed(CUSTOMERS, 1, 10).await;
     sink.stop().await.expect("a clean stop");
+    assert_eq!(committed(&house.kafka(), &config().group, CUSTOMERS, 0).await, Some(250), "a hint for the next start");
 
     let proof = house.proof().await;
     assert_eq!(proof.findings, []);
@@ -217,7 +238,7 @@ async fn records_land_by_rows_and_by_age_and_the_group_follows() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restart_goes_on_behind_the_newest_commit_record() {
     let house = House::open().await;
-    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    house.create(CUSTOMERS, 1).await;
     for round in 0..3 {
         produce(&house.kafka(), CUSTOMERS, 0, round * 40..round * 40 + 40).await;
         // Another group each time: the position comes from the lake alone.
@@ -232,7 +253,7 @@ async fn a_restart_goes_on_behind_the_newest_commit_record() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kill_between_put_and_commit_record_leaves_an_orphan_and_no_duplicate() {
     let house = House::open().await;
-    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    house.create(CUSTOMERS, 1).await;
     produce(&house.kafka(), CUSTOMERS, 0, 0..10).await;
     let gate = Gate::open(house.server.endpoint()).await;
     let store = Store::connect(&access(gate.endpoint.clone())).await.expect("through the gate");
@@ -259,7 +280,7 @@ async fn a_kill_between_put_and_commit_record_leaves_an_orphan_and_no_duplicate(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writers_that_do_not_know_of_each_other_land_every_record_once() {
     let house = House::open().await;
-    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    house.create(CUSTOMERS, 1).await;
     // Zombies: same lane, other groups, other cuts.
     let mut sinks = Vec::new();
     for (group, rows_max) in [("one", 7), ("two", 11), ("three", 13)] {
@@ -281,7 +302,7 @@ async fn writers_that_do_not_know_of_each_other_land_every_record_once() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn revoked_partitions_are_read_again_without_duplicates() {
     let house = House::open().await;
-    house.cluster.create_topic(CUSTOMERS, 4, 1).expect("a topic");
+    house.create(CUSTOMERS, 4).await;
     let mut first = house.sink(cut(9)).await;
     for partition in 0..4 {
         produce(&house.kafka(), CUSTOMERS, partition, 0..50).await;
@@ -304,16 +325,16 @@ async fn revoked_partitions_are_read_again_without_duplicates() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_that_ends_before_the_position_stops_the_lane_loudly() {
     let mut house = House::open().await;
-    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    house.create(CUSTOMERS, 1).await;
     produce(&house.kafka(), CUSTOMERS, 0, 0..20).await;
     let mut sink = house.sink(config()).await;
     sink.landed(CUSTOMERS, 0, 20).await;
     sink.stop().await.expect("a clean stop");
 
     // The topic is made anew, with fewer records.
-    house.cluster = MockCluster::new(1).expect("a mock cluster");
-    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
-    house.cluster.create_topic("bank.public.accounts", 1, 1).expect("a topic");
+    house.renew_broker().await;
+    house.create(CUSTOMERS, 1).await;
+    house.create("bank.public.accounts", 1).await;
     produce(&house.kafka(), CUSTOMERS, 0, 0..5).await;
     produce(&house.kafka(), "bank.public.accounts", 0, 0..5).await;
     let mut sink = house.sink(config()).await;
@@ -331,7 +352,7 @@ async fn a_log_that_ends_before_the_position_stops_the_lane_loudly() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_is_away_is_waited_for_and_nothing_is_lost() {
     let mut house = House::open().await;
-    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    house.create(CUSTOMERS, 1).await;
     // A small budget: the lanes are held while nothing lands.
     let small = Config { memory_max: Size(64 * 1024), bytes_max: Size(16 * 1024), ..config() };
     let mut sink = house.sink(small).await;
@@ -354,9 +375,23 @@ async fn a_store_that_is_away_is_waited_for_and_nothing_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_ends_while_the_broker_is_away() {
+    let house = House::open().await;
+    house.create(CUSTOMERS, 1).await;
+    produce(&house.kafka(), CUSTOMERS, 0, 0..10).await;
+    let mut sink = house.sink(config()).await;
+    sink.landed(CUSTOMERS, 0, 10).await;
+
+    house.broker.stop().await;
+    sink.until("noticed", |it| it.kafka_trouble.is_some()).await;
+
+    sink.stop().await.expect("nothing is lost");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_paused_sink_reads_nothing_until_it_is_resumed() {
     let house = House::open().await;
-    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    house.create(CUSTOMERS, 1).await;
     let mut sink = house.sink(config()).await;
     produce(&house.kafka(), CUSTOMERS, 0, 0..10).await;
     sink.landed(CUSTOMERS, 0, 10).await;
@@ -380,12 +415,12 @@ async fn topics_that_come_later_are_taken_up_and_foreign_ones_are_not() {
     let house = House::open().await;
     let mut sink = house.sink(config()).await;
     for topic in [CUSTOMERS, "bank.transaction", "other.public.customers", "bank.dead_letters", "xbank.public.customers"] {
-        house.cluster.create_topic(topic, 1, 1).expect("a topic");
+        house.create(topic, 1).await;
         produce(&house.kafka(), topic, 0, 0..3).await;
     }
     sink.landed(CUSTOMERS, 0, 3).await;
     sink.landed("bank.transaction", 0, 3).await;
-    house.cluster.create_topic("bank.audit.events", 1, 1).expect("a topic");
+    house.create("bank.audit.events", 1).await;
     produce(&house.kafka(), "bank.audit.events", 0, 0..3).await;
     let stats = sink.landed("bank.audit.events", 0, 3).await;
     sink.stop().await.expect("a clean stop");
@@ -397,7 +432,7 @@ async fn topics_that_come_later_are_taken_up_and_foreign_ones_are_not() {
 async fn what_is_no_text_becomes_a_dead_letter_and_is_counted() {
     let house = House::open().await;
     for topic in [CUSTOMERS, "bank.dead_letters"] {
-        house.cluster.create_topic(topic, 1, 1).expect("a topic");
+        house.create(topic, 1).await;
     }
     produce(&house.kafka(), CUSTOMERS, 0, 0..3).await;
     let garbage: [u8; 4] = [0xFF, 0x00, 0xC3, 0x28];
@@ -428,7 +463,7 @@ async fn what_is_no_text_becomes_a_dead_letter_and_is_counted() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn verify_finds_every_damage_and_goes_on() {
     let house = House::open().await;
-    house.cluster.create_topic(CUSTOMERS, 1, 1).expect("a topic");
+    house.create(CUSTOMERS, 1).await;
     produce(&house.kafka(), CUSTOMERS, 0, 0..60).await;
     let mut sink = house.sink(cut(10)).await;
     sink.landed(CUSTOMERS, 0, 60).await;
@@ -474,6 +509,21 @@ async fn wrong_keys_and_a_missing_store_are_told_apart() {
     house.server.stop().await;
     let error = Store::connect(&access(endpoint)).await.expect_err("nobody listens");
     assert!(matches!(error.fault(), Fault::Transient), "{error:?}");
+}
+
+async fn committed(kafka: &str, group: &str, topic: &str, partition: i32) -> Option<i64> {
+    use rdkafka::{
+        Offset, TopicPartitionList,
+        consumer::{BaseConsumer, Consumer as _},
+    };
+    let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", kafka).set("group.id", group).create().expect("a consumer");
+    let mut list = TopicPartitionList::new();
+    list.add_partition(topic, partition);
+    let ask = tokio::task::spawn_blocking(move || consumer.committed_offsets(list, WAIT).expect("the broker answers"));
+    match ask.await.expect("asked").elements()[0].offset() {
+        Offset::Offset(offset) => Some(offset),
+        _ => None,
+    }
 }
 
 /// The headers without the time, and the payload.
