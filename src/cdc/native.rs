@@ -11,7 +11,6 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
-use pgwire_replication::ReplicationClient;
 use tokio::{sync::watch, task::JoinHandle};
 
 use super::{
@@ -21,7 +20,7 @@ use super::{
     health::{self, Health},
     heartbeat::{self, Memory, Position},
     progress::{LaneEnd, Store},
-    slot::{self, Start},
+    slot::{self, Replication, Start},
     snapshot,
     source::Source,
     stats::{Stats, Step},
@@ -108,7 +107,7 @@ struct Capture {
 
 /// Everything that flows: ended by being dropped.
 struct Open {
-    client: ReplicationClient,
+    client: Replication,
     streaming: Streaming,
     health: watch::Receiver<Option<Health>>,
     _watching: Watching,
@@ -243,7 +242,7 @@ impl Capture {
         envelope: &mut Envelope,
         tables: &BTreeSet<TableId>,
         control: &Control<Stats>,
-    ) -> Result<(ReplicationClient, Lsn), Error> {
+    ) -> Result<(Replication, Lsn), Error> {
         store.begin(&self.config.slot).await?;
         self.tell(control, Step::Snapshot, Some("the slot is being made; it waits for transactions that are open on the source".to_owned()));
         let made = slot::create(&self.source, &self.config.slot, &self.config.publication).await?;
@@ -332,7 +331,7 @@ impl Capture {
     }
 
     /// Leaves in good order: what was sent gets its acknowledgement, the slot the last position. Best effort, by a deadline.
-    async fn end(&mut self, mut client: ReplicationClient, mut streaming: Streaming, before: &Stats, control: &Control<Stats>) {
+    async fn end(&mut self, mut client: Replication, mut streaming: Streaming, before: &Stats, control: &Control<Stats>) {
         let deadline = tokio::time::Instant::now() + STOP_MAX;
         let producer = streaming.producer();
         let settled = async {

@@ -1,6 +1,9 @@
 //! The replication slot: what it looks like, what to do about it at a start, and how it is made.
 
-use std::time::Duration;
+use std::{
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
 
 use pgwire_replication::{PgWireError, ReplicationClient};
 use sqlx::{PgConnection, Row as _};
@@ -134,9 +137,31 @@ pub(super) async fn drop_slot(connection: &mut PgConnection, name: &str) -> Resu
     Ok(())
 }
 
+/// A replication connection. Dropped, it lets go of the slot at once; the transport alone would notice seconds later.
+pub(super) struct Replication(ReplicationClient);
+
+impl Deref for Replication {
+    type Target = ReplicationClient;
+    fn deref(&self) -> &ReplicationClient {
+        &self.0
+    }
+}
+
+impl DerefMut for Replication {
+    fn deref_mut(&mut self) -> &mut ReplicationClient {
+        &mut self.0
+    }
+}
+
+impl Drop for Replication {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// A slot just made, on the connection that will stream from it, with the snapshot it exported.
 pub(super) struct Made {
-    pub(super) client: ReplicationClient,
+    pub(super) client: Replication,
     pub(super) consistent_point: Lsn,
     /// For `set transaction snapshot`; valid until the client starts.
     pub(super) snapshot: String,
@@ -145,7 +170,7 @@ pub(super) struct Made {
 /// Makes the slot. Waits for transactions that are open on the server at this moment.
 pub(super) async fn create(source: &Source, name: &str, publication: &str) -> Result<Made, Error> {
     let failed = |source| Error::Replication { what: "make the replication slot", source };
-    let mut client = ReplicationClient::connect_gated(source.replication(name, publication)).await.map_err(failed)?;
+    let mut client = connect(source, name, publication).await?;
     let rows =
         client.simple_query(&format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'export')", super::source::quoted(name))).await.map_err(failed)?;
     let column = |at: usize| rows.first().and_then(|row| row.get(at)?.as_ref()).map(|it| String::from_utf8_lossy(it).into_owned());
@@ -156,7 +181,7 @@ pub(super) async fn create(source: &Source, name: &str, publication: &str) -> Re
 }
 
 /// Starts streaming from the slot's own position. Tells who holds the slot where somebody does.
-pub(super) async fn start(mut client: ReplicationClient, name: &str) -> Result<ReplicationClient, Error> {
+pub(super) async fn start(mut client: Replication, name: &str) -> Result<Replication, Error> {
     let failed = |source| start_failed(name, source);
     client.start().await.map_err(failed)?;
     client.wait_started().await.map_err(failed)?;
@@ -164,9 +189,9 @@ pub(super) async fn start(mut client: ReplicationClient, name: &str) -> Result<R
 }
 
 /// A connection that has not started.
-pub(super) async fn connect(source: &Source, name: &str, publication: &str) -> Result<ReplicationClient, Error> {
+pub(super) async fn connect(source: &Source, name: &str, publication: &str) -> Result<Replication, Error> {
     let connecting = ReplicationClient::connect_gated(source.replication(name, publication)).await;
-    connecting.map_err(|source| Error::Replication { what: "open a replication connection", source })
+    connecting.map(Replication).map_err(|source| Error::Replication { what: "open a replication connection", source })
 }
 
 /// What the walsender's refusal, at the start or later, means for the slot.

@@ -1,4 +1,5 @@
 //! The embedded broker, asked by librdkafka and by hand.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the message")]
 
 mod bad_days;
 mod by_librdkafka;
@@ -20,7 +21,7 @@ pub(crate) struct House {
     runtime: Runtime,
     broker: Option<Broker>,
     pub(crate) config: Config,
-    pub(crate) dir: TempDir,
+    _dir: TempDir,
 }
 
 impl House {
@@ -31,7 +32,7 @@ impl House {
     pub(crate) fn with(change: impl FnOnce(Config) -> Config) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let config = change(small(dir.path()));
-        let mut house = Self { runtime: Runtime::new().unwrap(), broker: None, config, dir };
+        let mut house = Self { runtime: Runtime::new().unwrap(), broker: None, config, _dir: dir };
         house.start();
         house
     }

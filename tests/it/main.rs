@@ -25,3 +25,5 @@ mod notify;
 mod refresh;
 mod s3;
 mod warehouse;
+mod cdc;
+mod kafka;

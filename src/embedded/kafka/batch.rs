@@ -199,3 +199,73 @@ fn varint(bytes: &mut &[u8]) -> Option<i64> {
     }
     None
 }
+
+/// Batches for tests: real headers and checksums, bodies of any bytes.
+#[cfg(test)]
+pub(super) mod sample {
+    use super::*;
+
+    /// Who sent it: producer id, epoch, first sequence.
+    pub(in crate::embedded::kafka) type Sender = (i64, i16, i32);
+    pub(in crate::embedded::kafka) const ANYBODY: Sender = (-1, -1, -1);
+
+    pub(in crate::embedded::kafka) fn bytes(n_records: i32, body: &[u8], timestamp: i64, sender: Sender) -> Vec<u8> {
+        let mut checked = Vec::new();
+        // Pretends to be compressed: the body is nobody's business.
+        checked.extend_from_slice(&3_i16.to_be_bytes());
+        checked.extend_from_slice(&(n_records - 1).to_be_bytes());
+        checked.extend_from_slice(&timestamp.to_be_bytes());
+        checked.extend_from_slice(&timestamp.to_be_bytes());
+        checked.extend_from_slice(&sender.0.to_be_bytes());
+        checked.extend_from_slice(&sender.1.to_be_bytes());
+        checked.extend_from_slice(&sender.2.to_be_bytes());
+        checked.extend_from_slice(&n_records.to_be_bytes());
+        checked.extend_from_slice(body);
+        let length = i32::try_from(checked.len() + 9).expect("a small sample");
+        let mut batch = vec![0; 8];
+        batch.extend_from_slice(&length.to_be_bytes());
+        batch.extend_from_slice(&[0, 0, 0, 0, 2]);
+        batch.extend_from_slice(&crc32c::crc32c(&checked).to_be_bytes());
+        batch.extend_from_slice(&checked);
+        batch
+    }
+
+    pub(in crate::embedded::kafka) fn batch(n_records: i32, body: &[u8], timestamp: i64, sender: Sender) -> Batch {
+        Batch::from_producer(bytes(n_records, body, timestamp, sender).into(), usize::MAX).expect("a sample is right")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_batch_with_any_bit_flipped_is_refused_unless_the_bit_is_ours_to_set() {
+        let good = sample::bytes(3, b"money", 5, sample::ANYBODY);
+        for bit in 0..good.len() * 8 {
+            let mut flipped = good.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let ours = (0..8).contains(&(bit / 8)) || (12..16).contains(&(bit / 8));
+            assert_eq!(Batch::from_producer(flipped.into(), 1_000).is_ok(), ours, "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn a_placed_batch_has_our_offset_and_is_otherwise_as_it_came() {
+        let batch = sample::batch(3, b"money", 5, (7, 1, 9));
+        let (head, body) = batch.placed_at(41);
+        let placed = [&head[..], body].concat();
+        assert!(intact(&placed));
+        assert_eq!(Header::read(&placed), Some(Header { base_offset: 41, ..batch.header }));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_batch_or_an_error_and_never_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), timestamp: i64) {
+            let _ = Batch::from_producer(bytes.clone().into(), 1_000);
+            let _ = wanted(&bytes, timestamp, 100);
+            let _ = first_since(&bytes, timestamp);
+        }
+    }
+}

@@ -5,6 +5,9 @@
 //!
 //! `J` and `S` are whatever the answers to a join and a sync are sent through later; each is answered exactly once.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},

@@ -226,3 +226,79 @@ impl ProducerIds {
         Ok(self.next - 1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(offset: i64) -> Position {
+        Position { offset, leader_epoch: -1, metadata: "note".to_owned(), committed_ms: 0 }
+    }
+
+    fn lane(topic: &str, partition: i32) -> (String, i32) {
+        (topic.to_owned(), partition)
+    }
+
+    #[test]
+    fn positions_survive_a_tail_torn_at_any_byte() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut offsets = Offsets::open(dir.path(), 0).unwrap();
+        let mut ends = vec![0];
+        for n in 0..4 {
+            offsets.commit("g", &[(lane("t", 0), at(n))]).unwrap();
+            ends.push(offsets.bytes);
+        }
+        drop(offsets);
+        let path = dir.path().join("offsets.log");
+        let whole = fs::read(&path).unwrap();
+        for cut in (0..=whole.len()).rev() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            let mut offsets = Offsets::open(dir.path(), 0).unwrap();
+            let survivors = ends.iter().filter(|it| **it <= wide(cut)).count();
+            let newest = offsets.of_group("g").and_then(|it| it.get(&lane("t", 0))).map(|it| it.offset);
+            assert_eq!(newest, i64::try_from(survivors).unwrap().checked_sub(2).filter(|it| *it >= 0), "cut at {cut}");
+            offsets.commit("g", &[(lane("t", 0), at(99))]).unwrap();
+            drop(offsets);
+            assert_eq!(Offsets::open(dir.path(), 0).unwrap().of_group("g").unwrap()[&lane("t", 0)], at(99));
+        }
+    }
+
+    #[test]
+    fn the_log_stays_small_however_often_groups_commit() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut offsets = Offsets::open(dir.path(), 0).unwrap();
+        for n in 0..50_000 {
+            offsets.commit("g", &[(lane("t", 0), at(n))]).unwrap();
+            offsets.upkeep(0).unwrap();
+        }
+        offsets.flush().unwrap();
+        assert!(offsets.bytes <= COMPACT_FROM_BYTES + 200, "{}", offsets.bytes);
+        drop(offsets);
+        assert_eq!(Offsets::open(dir.path(), 0).unwrap().of_group("g").unwrap()[&lane("t", 0)], at(49_999));
+    }
+
+    #[test]
+    fn groups_and_topics_are_forgotten_for_good() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut offsets = Offsets::open(dir.path(), 0).unwrap();
+        offsets.commit("g", &[(lane("t", 0), at(1)), (lane("u", 0), at(2))]).unwrap();
+        offsets.commit("h", &[(lane("t", 0), at(3))]).unwrap();
+        offsets.forget_topic("t").unwrap();
+        assert_eq!(offsets.groups().collect::<Vec<_>>(), ["g"]);
+        offsets.forget_group("g").unwrap();
+        drop(offsets);
+        assert_eq!(Offsets::open(dir.path(), 0).unwrap().groups().count(), 0);
+    }
+
+    #[test]
+    fn no_producer_id_is_given_twice_however_often_the_broker_starts() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut given = std::collections::BTreeSet::new();
+        for _ in 0..3 {
+            let mut ids = ProducerIds::open(dir.path()).unwrap();
+            for _ in 0..1_500 {
+                assert!(given.insert(ids.take().unwrap()));
+            }
+        }
+    }
+}

@@ -3,6 +3,9 @@
 //! Written by the store's thread alone. Readers get a [`View`] by `watch`, published only after the disk has what it
 //! shows: the high watermark *is* the flushed offset.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     io,
     path::{Path, PathBuf},

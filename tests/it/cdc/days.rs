@@ -1,1 +1,476 @@
-//! Ordinary and bad days.
+//! Ordinary and bad days: whatever happens, every change arrives, in order, and what cannot arrive is told.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use ledgerline::{
+    cdc::{self, Config, SnapshotMode, Stats, Step},
+    fault::{Diagnose as _, Fault},
+    secret::Secret,
+    stage::Phase,
+};
+use serde_json::Value;
+use sqlx::{Connection as _, PgConnection};
+use tokio::task::JoinHandle;
+
+use super::house::{Broker, Capture, Database, Read, config, without_times};
+
+const PAYMENTS: &str = "create table payments (id bigint primary key, amount numeric(18,2) not null, note text); alter table payments replica identity full;";
+
+/// Inserts, updates and deletes until told to stop; several may run, each on ids of its own.
+fn write_payments(url: Secret, first_id: i64) -> (Arc<AtomicBool>, JoinHandle<()>) {
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let writing = tokio::spawn(async move {
+        let mut connection = PgConnection::connect(url.reveal()).await.expect("the test's database");
+        for id in (first_id..).take_while(|_| !stopped.load(Ordering::Relaxed)) {
+            let mut transaction = connection.begin().await.expect("begin");
+            for statement in [
+                "insert into payments values ($1, 1.00, 'new')",
+                "update payments set amount = 2.50 where id = $1 - 1",
+                "delete from payments where id = $1 - 3 and $1 % 2 = 0",
+            ] {
+                sqlx::query(statement).bind(id).execute(&mut *transaction).await.expect("written");
+            }
+            transaction.commit().await.expect("commit");
+        }
+    });
+    (stop, writing)
+}
+
+async fn finish((stop, writing): (Arc<AtomicBool>, JoinHandle<()>)) {
+    stop.store(true, Ordering::Relaxed);
+    writing.await.expect("the writer ends well");
+}
+
+/// What the table holds: id → amount.
+async fn held(database: &Database) -> BTreeMap<i64, String> {
+    let rows: Vec<(i64, String)> = sqlx::query_as("select id, amount::text from payments").fetch_all(&mut database.connect().await).await.expect("rows");
+    rows.into_iter().collect()
+}
+
+fn parsed(record: &Read) -> Option<Value> {
+    record.value.as_ref().map(|it| serde_json::from_str(it).expect("JSON"))
+}
+
+/// What a reader of the topic holds after all its events, and how many distinct changes it saw. A change that comes again
+/// must be the same bytes but for the times.
+fn replayed(records: &[Read]) -> (BTreeMap<i64, String>, usize) {
+    let mut rows = BTreeMap::new();
+    let mut seen: HashMap<(String, String, String, String), String> = HashMap::new();
+    for record in records {
+        let Some(event) = parsed(record) else { continue };
+        let (key, raw) = (record.key.clone().expect("a key"), record.value.clone().expect("a value"));
+        let identity = (event["source"]["txId"].to_string(), event["source"]["lsn"].to_string(), key, event["op"].to_string());
+        match seen.get(&identity) {
+            Some(before) => {
+                assert_eq!(without_times(before), without_times(&raw), "a repeated event differs");
+                continue;
+            }
+            None => drop(seen.insert(identity, raw)),
+        }
+        if event["op"] == "d" {
+            let id = event["before"]["id"].as_i64().expect("an id");
+            assert!(rows.remove(&id).is_some(), "{id} is deleted, but was never there");
+        } else {
+            let after = &event["after"];
+            let id = after["id"].as_i64().expect("an id");
+            let before = rows.insert(id, after["amount"].as_str().expect("a string").to_owned());
+            assert_eq!(before.is_some(), event["op"] == "u", "{id}: {}", event["op"]);
+        }
+    }
+    (rows, seen.len())
+}
+
+async fn until_written(database: &Database, n_rows: i64) {
+    let mut connection = database.connect().await;
+    loop {
+        let highest: Option<i64> = sqlx::query_scalar("select max(id % 1000000) from payments").fetch_one(&mut connection).await.expect("a number");
+        if highest.unwrap_or(0) >= n_rows {
+            return;
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reading_and_streaming_meet_without_a_gap_or_a_duplicate_while_writers_write() {
+    let database = Database::create("handover").await;
+    database.run(PAYMENTS).await;
+    database.run("insert into payments select id, 7.00, 'old' from generate_series(500000, 503000) id;").await;
+    let mut broker = Broker::start("bank", &["public.payments"], 1);
+    let writers = [1, 1_000_001].map(|first_id| write_payments(database.url.clone(), first_id));
+    until_written(&database, 50).await;
+
+    let capture = Capture::start(&database, broker.address(), config(&database, "bank"));
+    let stats = capture.until("streaming", |it| it.step == Step::Streaming && it.transactions > 50).await;
+
+    for writer in writers {
+        finish(writer).await;
+    }
+    capture.drain(&database).await;
+    let records = broker.read("bank.public.payments");
+    let (rows, n_changes) = replayed(&records);
+    assert_eq!(rows, held(&database).await);
+    let n_events = records.iter().filter(|it| it.value.is_some()).count();
+    assert_eq!(n_changes, n_events, "nothing came twice");
+    let reads = records.iter().filter_map(parsed).filter(|it| it["op"] == "r").count();
+    assert!(reads >= 3001 && n_events > reads, "{reads} of {n_events} were reads");
+    assert_eq!(stats.tables["public.payments"].reads, u64::try_from(reads).expect("few"));
+
+    let ends = cdc::snapshot_ends(&database.url, "bank").await.expect("the state").expect("finished");
+    assert_eq!(ends.ends.len(), 1);
+    assert_eq!(ends.ends[0].end_offset, i64::try_from(reads).expect("few"), "the ends are those of the reads");
+    let first: Value = parsed(&records[0]).expect("an event");
+    assert_eq!(first["source"]["lsn"], ends.lsn.0, "reads carry the LSN where the slot began");
+    capture.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_capture_killed_again_and_again_repeats_equal_bytes_and_loses_nothing() {
+    let database = Database::create("killed").await;
+    database.run(PAYMENTS).await;
+    let mut broker = Broker::start("bank", &["public.payments"], 1);
+    let config = config(&database, "bank");
+    let capture = Capture::start(&database, broker.address(), config.clone());
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    let writer = write_payments(database.url.clone(), 1);
+    let mut n_transactions = 300;
+    capture.until("transactions", |it| it.transactions > n_transactions).await;
+    capture.kill().await;
+    for _ in 0..4 {
+        let capture = Capture::start(&database, broker.address(), config.clone());
+        n_transactions += 37;
+        capture.until("transactions", |it| it.transactions > n_transactions).await;
+        capture.kill().await;
+    }
+    finish(writer).await;
+    let capture = Capture::start(&database, broker.address(), config);
+    capture.drain(&database).await;
+    let records = broker.read("bank.public.payments");
+    let (rows, n_changes) = replayed(&records);
+    assert_eq!(rows, held(&database).await);
+    assert!(records.iter().filter(|it| it.value.is_some()).count() > n_changes, "a kill repeats something");
+
+    // Each transaction's END, first or repeated, says the same, and each event it owes is there.
+    let mut owed: HashMap<String, String> = HashMap::new();
+    for record in broker.read("bank.transaction") {
+        let (key, value) = (record.key.expect("a key"), record.value.expect("a value"));
+        let kind = if value.contains("BEGIN") { "BEGIN" } else { "END" };
+        let before = owed.entry(format!("{kind} {key}")).or_insert_with(|| value.clone());
+        assert_eq!(*before, value);
+    }
+    let n_owed: u64 = owed.values().filter_map(|it| serde_json::from_str::<Value>(it).expect("JSON")["event_count"].as_u64()).sum();
+    assert_eq!(n_owed, u64::try_from(n_changes).expect("few"));
+    capture.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_is_away_is_waited_for_and_nothing_is_lost() {
+    let database = Database::create("away").await;
+    database.run(PAYMENTS).await;
+    let mut broker = Broker::start("bank", &["public.payments"], 1);
+    let capture = Capture::start(&database, broker.address(), config(&database, "bank"));
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    database.run("insert into payments values (1, 1.00, 'before');").await;
+    capture.drain(&database).await;
+
+    broker.mock.broker_down(1).expect("down");
+    // More than the queue takes: the stream must stand still, not grow.
+    database.run("insert into payments select id, 1.00, 'x' from generate_series(2, 60000) id;").await;
+    let waiting = capture.until("a full queue", |it| it.queued >= 40_000 && it.broker_away).await;
+    assert!(waiting.confirmed_lsn < database.wal_position().await);
+    broker.mock.broker_up(1).expect("up");
+
+    capture.drain(&database).await;
+    let ids: Vec<i64> = broker.read("bank.public.payments").iter().filter_map(parsed).filter_map(|it| it["after"]["id"].as_i64()).collect();
+    assert_eq!(ids, (1..=60_000).collect::<Vec<_>>(), "each once, in order");
+    capture.stop().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_postgresql_cuts_is_made_again() {
+    let database = Database::create("cut").await;
+    database.run(PAYMENTS).await;
+    let mut broker = Broker::start("bank", &["public.payments"], 1);
+    let capture = Capture::start(&database, broker.address(), config(&database, "bank"));
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    for id in 1..=3 {
+        sqlx::query("select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where slot_name = $1")
+            .bind(&database.name)
+            .execute(&mut database.connect().await)
+            .await
+            .expect("cut");
+        database.run(&format!("insert into payments values ({id}, 1.00, 'x');")).await;
+        capture.until("reconnected", |it| it.reconnects >= id && it.step == Step::Streaming).await;
+    }
+    capture.drain(&database).await;
+    assert_eq!(replayed(&broker.read("bank.public.payments")).0.len(), 3);
+    capture.stop().await;
+}
+
+#[tokio::test]
+async fn the_slot_follows_though_the_captured_tables_are_quiet() {
+    let database = Database::create("quiet").await;
+    database.run(PAYMENTS).await;
+    database.run("create table noise (id bigint, text text);").await;
+    let mut broker = Broker::start("bank", &["public.payments"], 1);
+    let config = Config { tables_exclude: vec!["*.noise".into()], ..config(&database, "bank") };
+    let capture = Capture::start(&database, broker.address(), config);
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    database.run("insert into noise select id, repeat('x', 500) from generate_series(1, 20000) id;").await;
+    let stats = capture.drain(&database).await;
+    assert_eq!(stats.n_events(), 0);
+    let slot = capture.until("the slot was told", |it| it.slot.as_ref().is_some_and(|slot| slot.confirmed_flush_lsn >= stats.confirmed_lsn)).await;
+    assert!(slot.heartbeats > 0);
+    let beats = broker.read("__debezium-heartbeat.bank");
+    assert!(beats.iter().all(|it| it.key.as_deref() == Some("{\"serverName\":\"bank\"}")));
+    capture.stop().await;
+}
+
+#[tokio::test]
+async fn a_paused_capture_takes_nothing_and_goes_on_where_it_was() {
+    let database = Database::create("paused").await;
+    database.run(PAYMENTS).await;
+    let mut broker = Broker::start("bank", &["public.payments"], 1);
+    let capture = Capture::start(&database, broker.address(), config(&database, "bank"));
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    capture.handle.wanted.send(Phase::Paused).expect("it listens");
+    capture.until("paused", |it| it.phase == Phase::Paused).await;
+    database.run("insert into payments values (1, 1.00, 'x');").await;
+    let before = capture.until("health is seen", |it| it.source_lsn > it.confirmed_lsn).await;
+    assert_eq!(before.n_events(), 0);
+    capture.handle.wanted.send(Phase::Running).expect("it listens");
+    assert_eq!(capture.drain(&database).await.n_events(), 1);
+    assert_eq!(broker.read("bank.public.payments").len(), 1);
+    capture.stop().await;
+}
+
+#[tokio::test]
+async fn a_value_that_cannot_be_written_goes_to_the_dead_letters_and_is_owed() {
+    let database = Database::create("poison").await;
+    database.run("create table terms (id int primary key, lasts interval);").await;
+    let mut broker = Broker::start("bank", &["public.terms"], 1);
+    let capture = Capture::start(&database, broker.address(), config(&database, "bank"));
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    database.run("begin; insert into terms values (1, '1 day'), (2, 'infinity'), (3, '2 days'); commit;").await;
+    let stats = capture.drain(&database).await;
+    assert_eq!(stats.dead_letters, 1);
+    let letters = broker.read("bank.dead_letters");
+    let letter = parsed(&letters[0]).expect("a letter");
+    assert_eq!((letter["table"].as_str(), letter["op"].as_str()), (Some("terms"), Some("c")));
+    assert!(letter["reason"].as_str().is_some_and(|it| it.contains("lasts")) && letter["lsn"].is_u64() && letter["bytes"].is_string());
+    let arrived: Vec<i64> = broker.read("bank.public.terms").iter().filter_map(parsed).filter_map(|it| it["after"]["id"].as_i64()).collect();
+    assert_eq!(arrived, [1, 3]);
+    let end = broker.read("bank.transaction").iter().filter_map(parsed).find(|it| it["status"] == "END").expect("an END");
+    assert_eq!(end["data_collections"][0]["event_count"], 3);
+    capture.stop().await;
+}
+
+#[tokio::test]
+async fn keys_lie_in_the_partition_java_would_choose() {
+    let database = Database::create("partitions").await;
+    database.run(PAYMENTS).await;
+    database.run("insert into payments select id, 1.00, null from generate_series(1, 40) id;").await;
+    let mut broker = Broker::start("bank", &["public.payments"], 3);
+    let capture = Capture::start(&database, broker.address(), config(&database, "bank"));
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    database.run("insert into payments select id, 1.00, null from generate_series(41, 80) id; delete from payments where id % 2 = 0;").await;
+    capture.drain(&database).await;
+    let records = broker.read("bank.public.payments");
+    assert_eq!(records.len(), 80 + 2 * 40);
+    for record in records {
+        let key = record.key.expect("a key");
+        assert_eq!(record.partition, (murmur2(key.as_bytes()) & 0x7FFF_FFFF) % 3, "{key}");
+    }
+    capture.stop().await;
+}
+
+/// Kafka's own hash, as its Java client has it.
+fn murmur2(bytes: &[u8]) -> i32 {
+    const M: u32 = 0x5BD1_E995;
+    let length = u32::try_from(bytes.len()).expect("short");
+    let mut hash = 0x9747_B28C_u32 ^ length;
+    let mut chunks = bytes.chunks_exact(4);
+    for chunk in &mut chunks {
+        let mut word = u32::from_le_bytes(chunk.try_into().expect("four")).wrapping_mul(M);
+        word = (word ^ word >> 24).wrapping_mul(M);
+        hash = hash.wrapping_mul(M) ^ word;
+    }
+    let rest = chunks.remainder();
+    for (place, byte) in rest.iter().enumerate() {
+        hash ^= u32::from(*byte) << (8 * place);
+    }
+    if !rest.is_empty() {
+        hash = hash.wrapping_mul(M);
+    }
+    hash = (hash ^ hash >> 13).wrapping_mul(M);
+    i32::from_ne_bytes((hash ^ hash >> 15).to_ne_bytes())
+}
+
+#[tokio::test]
+async fn a_table_made_later_joins_while_it_is_empty_and_is_told_otherwise() {
+    let database = Database::create("later").await;
+    database.run(PAYMENTS).await;
+    let mut broker = Broker::start("bank", &["public.payments", "public.fees", "public.loans"], 1);
+    let config = config(&database, "bank");
+    let capture = Capture::start(&database, broker.address(), config.clone());
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    capture.stop().await;
+    database.run("create table fees (id int primary key); create table loans (id int primary key); insert into loans values (1);").await;
+
+    let capture = Capture::start(&database, broker.address(), config.clone());
+    let stats = capture.until("streaming", |it| it.step == Step::Streaming).await;
+    assert_eq!(stats.uncaptured, ["public.loans"]);
+    database.run("insert into fees values (1); insert into loans values (2);").await;
+    capture.drain(&database).await;
+    assert_eq!((broker.read("bank.public.fees").len(), broker.read("bank.public.loans").len()), (1, 0));
+    capture.stop().await;
+
+    let named = Config { tables: vec!["public.payments".into(), "public.loans".into()], ..config };
+    refuses(&database, &broker, named, "loans").await;
+}
+
+#[tokio::test]
+async fn without_a_snapshot_only_changes_arrive() {
+    let database = Database::create("never").await;
+    database.run(PAYMENTS).await;
+    database.run("insert into payments values (1, 1.00, 'old');").await;
+    let mut broker = Broker::start("bank", &["public.payments"], 1);
+    let config = Config { snapshot: SnapshotMode::Never, transaction_metadata: false, ..config(&database, "bank") };
+    let capture = Capture::start(&database, broker.address(), config);
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    database.run("insert into payments values (2, 1.00, 'new');").await;
+    capture.drain(&database).await;
+    let records = broker.read("bank.public.payments");
+    assert_eq!(records.len(), 1);
+    assert_eq!(parsed(&records[0]).expect("an event")["transaction"], Value::Null);
+    assert_eq!(broker.read("bank.transaction"), []);
+    capture.stop().await;
+}
+
+/// Starts a capture that must end with instructions for the operator.
+async fn refuses(database: &Database, broker: &Broker, config: Config, told: &str) {
+    let error = Capture::start(database, broker.address(), config).ended().await.expect_err("it refuses");
+    let Fault::Operator(remedy) = error.fault() else { panic!("no remedy for: {error}") };
+    assert!(error.to_string().contains(told) || remedy.contains(told), "{error}: {remedy}");
+}
+
+/// A database with a capture that ran and stopped in good order.
+async fn captured(test: &str) -> (Database, Broker, Config) {
+    let database = Database::create(test).await;
+    database.run(PAYMENTS).await;
+    let broker = Broker::start("bank", &["public.payments"], 1);
+    let config = config(&database, "bank");
+    let capture = Capture::start(&database, broker.address(), config.clone());
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    database.run("insert into payments values (1, 1.00, 'x');").await;
+    capture.drain(&database).await;
+    capture.stop().await;
+    (database, broker, config)
+}
+
+async fn sql(database: &Database, statement: &'static str) {
+    sqlx::query(statement).bind(&database.name).execute(&mut database.connect().await).await.expect("done");
+}
+
+#[tokio::test]
+async fn a_slot_that_was_dropped_is_told() {
+    let (database, broker, config) = captured("dropped").await;
+    sql(&database, "select pg_drop_replication_slot($1)").await;
+    refuses(&database, &broker, config, "missing").await;
+}
+
+#[tokio::test]
+async fn a_slot_that_somebody_else_moved_is_told() {
+    let (database, broker, config) = captured("moved").await;
+    database.run("insert into payments values (2, 1.00, 'x');").await;
+    sql(&database, "select pg_replication_slot_advance($1, pg_current_wal_flush_lsn())").await;
+    refuses(&database, &broker, config, "consumed").await;
+}
+
+#[tokio::test]
+async fn a_publication_that_was_dropped_is_told_at_the_start_and_while_streaming() {
+    let (database, broker, config) = captured("unpublished").await;
+    let capture = Capture::start(&database, broker.address(), config.clone());
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    database.run(&format!("drop publication {};", database.name)).await;
+    let error = capture.ended().await.expect_err("it notices");
+    assert!(matches!(error.fault(), Fault::Operator(_)), "{error}");
+    refuses(&database, &broker, config, "publication").await;
+}
+
+#[tokio::test]
+async fn a_slot_nobody_told_us_of_and_a_foreign_one_are_told() {
+    let database = Database::create("foreign").await;
+    database.run(PAYMENTS).await;
+    let broker = Broker::start("bank", &["public.payments"], 1);
+    sql(&database, "select pg_create_logical_replication_slot($1, 'pgoutput')").await;
+    refuses(&database, &broker, config(&database, "bank"), "state database").await;
+    sql(&database, "select pg_drop_replication_slot($1)").await;
+    sql(&database, "select pg_create_logical_replication_slot($1, 'test_decoding')").await;
+    refuses(&database, &broker, config(&database, "bank"), "test_decoding").await;
+}
+
+#[tokio::test]
+async fn a_missing_table_a_missing_right_and_a_wrong_address_are_told() {
+    let database = Database::create("wrong").await;
+    database.run(PAYMENTS).await;
+    let broker = Broker::start("bank", &["public.payments"], 1);
+    let missing = Config { tables: vec!["public.nothing".into()], ..config(&database, "bank") };
+    refuses(&database, &broker, missing, "public.nothing").await;
+
+    let role = format!("{}_reader", database.name);
+    database.run(&format!("create role {role} login; grant create on database {} to {role}; alter table payments owner to {role};", database.name)).await;
+    let mut url = url::Url::parse(database.url.reveal()).expect("an address");
+    url.set_username(&role).expect("a name");
+    let plain = Capture::start_as(&Secret::new(url.clone()), &database, broker.address(), config(&database, "bank"));
+    let error = plain.ended().await.expect_err("no right to replicate");
+    assert!(matches!(error.fault(), Fault::Operator(remedy) if remedy.contains("replication")), "{error}");
+    database.run(&format!("reassign owned by {role} to current_user; drop owned by {role}; drop role {role};")).await;
+
+    url.set_path("/no_such_database");
+    url.set_username("postgres").expect("a name");
+    let nowhere = Capture::start_as(&Secret::new(url), &database, broker.address(), config(&database, "bank"));
+    assert!(matches!(nowhere.ended().await.expect_err("no database").fault(), Fault::Operator(_)));
+}
+
+#[tokio::test]
+async fn a_second_capture_waits_for_the_slot_and_says_who_holds_it() {
+    let (database, broker, config) = captured("busy").await;
+    let first = Capture::start(&database, broker.address(), config.clone());
+    first.until("streaming", |it| it.step == Step::Streaming).await;
+    let second = Capture::start(&database, broker.address(), config);
+    let stats: Stats = second.until("waiting", |it| it.waiting_for.as_ref().is_some_and(|it| it.contains("ledgerline-cdc"))).await;
+    assert_eq!(stats.step, Step::Connecting);
+    first.kill().await;
+    second.until("streaming", |it| it.step == Step::Streaming).await;
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn a_snapshot_that_was_cut_short_is_taken_again() {
+    let database = Database::create("again").await;
+    database.run(PAYMENTS).await;
+    database.run("insert into payments select id, 1.00, repeat('x', 50) from generate_series(1, 30000) id;").await;
+    let mut broker = Broker::start("bank", &["public.payments"], 1);
+    let first = Capture::start(&database, broker.address(), config(&database, "bank"));
+    broker.mock.broker_round_trip_time(1, Duration::from_millis(200)).expect("slow");
+    first.until("reading", |it| it.step == Step::Snapshot && it.snapshot.as_ref().is_some_and(|it| it.rows > 0)).await;
+    first.kill().await;
+    assert_eq!(cdc::snapshot_ends(&database.url, "bank").await.expect("the state"), None);
+    broker.mock.broker_round_trip_time(1, Duration::ZERO).expect("fast");
+
+    let second = Capture::start(&database, broker.address(), config(&database, "bank"));
+    second.drain(&database).await;
+    let ends = cdc::snapshot_ends(&database.url, "bank").await.expect("the state").expect("finished");
+    let whole = broker.read("bank.public.payments").iter().filter_map(parsed).filter(|it| it["source"]["lsn"] == ends.lsn.0).count();
+    assert_eq!(whole, 30_000);
+    second.stop().await;
+}

@@ -200,8 +200,13 @@ pub(super) struct Capture {
 
 impl Capture {
     pub(super) fn start(database: &Database, bootstrap_servers: String, config: Config) -> Self {
+        Self::start_as(&database.url, database, bootstrap_servers, config)
+    }
+
+    /// With another address of the source.
+    pub(super) fn start_as(source: &Secret, database: &Database, bootstrap_servers: String, config: Config) -> Self {
         let (handle, control) = stage::control(Stats::default(), Phase::Running, &CancellationToken::new());
-        let (source, state) = (database.url.clone(), database.url.clone());
+        let (source, state) = (source.clone(), database.url.clone());
         let task = tokio::spawn(async move {
             let ended = cdc::run(source, state, bootstrap_servers, stream::Config::default(), config, control).await;
             // A test that waits for something else shows why it waits in vain.

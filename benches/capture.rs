@@ -1,0 +1,209 @@
+//! The capture beside `pg_recvlogical`, on the same backlog of small transactions.
+//!
+//! `cargo bench --bench capture -- [transactions]`, with `LEDGERLINE_TEST_POSTGRES` the address of a server with
+//! `wal_level = logical` and `PG_RECVLOGICAL` the program (default: the one in PATH). The broker is the embedded one, in a
+//! process of its own, so that our CPU and memory are ours.
+//!
+//! `pg_recvlogical` writes the decoded stream to /dev/null: it is as fast as PostgreSQL's walsender. Ours decodes, writes
+//! Debezium's JSON, and waits until the broker has everything and the slot knows.
+
+#![expect(clippy::print_stdout, reason = "a benchmark tells its figures")]
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use ledgerline::{
+    cdc::{self, Config, Stats, Step},
+    embedded::kafka,
+    secret::Secret,
+    stage::{self, Handle, Phase},
+    stream,
+};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+const DATABASE: &str = "cdc_bench";
+/// As a payment of the bank: one transaction row, two ledger entries, one balance.
+const ROWS_PER_TRANSACTION: u64 = 4;
+const SCHEMA: &str = "
+    create table accounts (id bigint primary key, account_number text not null, customer_id bigint not null, account_type text not null, status text not null,
+        currency char(3) not null, balance numeric(18,2) not null, opened_at timestamptz not null, updated_at timestamptz not null);
+    create table transactions (id bigint primary key, account_id bigint not null, txn_type text not null, direction text not null, amount numeric(18,2) not null,
+        balance_after numeric(18,2), status text not null, reference text, description text, created_at timestamptz not null, posted_at timestamptz);
+    create table ledger_entries (id bigint primary key, transaction_id bigint not null, account_id bigint, entry_type text not null, amount numeric(18,2) not null,
+        created_at timestamptz not null);
+    alter table accounts replica identity full; alter table transactions replica identity full; alter table ledger_entries replica identity full;
+    insert into accounts select id, 'ACC' || id, id, 'CHECKING', 'ACTIVE', 'EUR', 100.00, now(), now() from generate_series(0, 999) id;";
+
+fn server() -> String {
+    std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned())
+}
+
+fn main() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    if std::env::args().any(|it| it == "--broker") {
+        return runtime.block_on(broker());
+    }
+    let transactions = std::env::args().find_map(|it| it.parse().ok()).unwrap_or(50_000);
+    runtime.block_on(compare(transactions))
+}
+
+/// The broker's process: says its address, then serves until its stdin closes.
+async fn broker() -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let broker = kafka::Broker::start(kafka::Config { dir: dir.path().to_owned(), ..kafka::Config::default() }).await?;
+    println!("{}", broker.address());
+    tokio::task::spawn_blocking(|| std::io::stdin().read_line(&mut String::new())).await??;
+    broker.stop().await;
+    Ok(())
+}
+
+async fn compare(transactions: u64) -> anyhow::Result<()> {
+    let mut admin = PgConnection::connect(&server()).await?;
+    drop_database(&mut admin).await?;
+    run(&mut admin, format!("create database {DATABASE}")).await?;
+    let mut url = url::Url::parse(&server())?;
+    url.set_path(DATABASE);
+    let url = Secret::new(url);
+    let mut source = PgConnection::connect(url.reveal()).await?;
+    run(&mut source, SCHEMA.to_owned()).await?;
+
+    let (mut broker, address) = start_broker()?;
+    let (handle, task) = start_capture(&url, &address);
+    until(&handle, |it| it.step == Step::Streaming).await?;
+    handle.stop.cancel();
+    task.await??;
+    run(&mut source, "select pg_create_logical_replication_slot('cdc_bench_reference', 'pgoutput')".to_owned()).await?;
+    write_backlog(&mut source, transactions).await?;
+    let rows = transactions * ROWS_PER_TRANSACTION;
+
+    for round in 1..=2 {
+        let end = cdc::wal_position(&url).await?;
+        let reference = receive(&url, &end.to_string())?;
+        let (ours, cpu) = capture(&url, &address).await?;
+        println!(
+            "round {round}: pg_recvlogical {:.0} rows/s · ours {:.0} rows/s · ratio {:.2} · CPU {:.1} µs/row · peak memory {} MiB",
+            per_second(rows, reference),
+            per_second(rows, ours),
+            reference.as_secs_f64() / ours.as_secs_f64(),
+            cpu.as_secs_f64() * 1e6 / f64::from(u32::try_from(rows)?),
+            peak_memory_mib(),
+        );
+        if round == 1 {
+            write_backlog(&mut source, transactions).await?;
+        }
+    }
+    drop(broker.stdin.take());
+    broker.wait()?;
+    source.close().await?;
+    drop_database(&mut admin).await
+}
+
+fn per_second(rows: u64, took: Duration) -> f64 {
+    f64::from(u32::try_from(rows).unwrap_or(u32::MAX)) / took.as_secs_f64()
+}
+
+fn start_broker() -> anyhow::Result<(Child, String)> {
+    let mut child = Command::new(std::env::current_exe()?).arg("--broker").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut address = String::new();
+    BufReader::new(child.stdout.take().ok_or_else(|| anyhow::anyhow!("the broker has no stdout"))?).read_line(&mut address)?;
+    Ok((child, address.trim().to_owned()))
+}
+
+fn start_capture(url: &Secret, address: &str) -> (Handle<Stats>, JoinHandle<Result<(), cdc::Error>>) {
+    let (handle, control) = stage::control(Stats::default(), Phase::Running, &CancellationToken::new());
+    let tables = ["accounts", "transactions", "ledger_entries"].map(|it| format!("public.{it}")).to_vec();
+    let config = Config { tables, slot: DATABASE.to_owned(), publication: DATABASE.to_owned(), ..Config::default() };
+    let task = tokio::spawn(cdc::run(url.clone(), url.clone(), address.to_owned(), stream::Config::default(), config, control));
+    (handle, task)
+}
+
+async fn until(handle: &Handle<Stats>, reached: impl FnMut(&Stats) -> bool) -> anyhow::Result<()> {
+    let mut stats = handle.stats.clone();
+    tokio::time::timeout(Duration::from_secs(600), stats.wait_for(reached)).await??;
+    Ok(())
+}
+
+/// From the first received event to the confirmation of the last, and the CPU it took.
+async fn capture(url: &Secret, address: &str) -> anyhow::Result<(Duration, Duration)> {
+    let end = cdc::wal_position(url).await?;
+    let (handle, task) = start_capture(url, address);
+    until(&handle, |it| it.step == Step::Streaming).await?;
+    let (start, cpu) = (Instant::now(), cpu_time());
+    until(&handle, |it| it.confirmed_lsn >= end).await?;
+    let took = (start.elapsed(), cpu_time().saturating_sub(cpu));
+    handle.stop.cancel();
+    task.await??;
+    Ok(took)
+}
+
+fn receive(url: &Secret, end: &str) -> anyhow::Result<Duration> {
+    let program = std::env::var("PG_RECVLOGICAL").unwrap_or_else(|_| "pg_recvlogical".to_owned());
+    let publication = format!("publication_names={DATABASE}");
+    let start = Instant::now();
+    let status = Command::new(program)
+        .args([
+            "-d",
+            url.reveal(),
+            "--slot",
+            "cdc_bench_reference",
+            "--start",
+            "--no-loop",
+            "-f",
+            "/dev/null",
+            "-o",
+            "proto_version=1",
+            "-o",
+            &publication,
+            "--endpos",
+            end,
+        ])
+        .status()?;
+    anyhow::ensure!(status.success(), "pg_recvlogical failed");
+    Ok(start.elapsed())
+}
+
+async fn write_backlog(source: &mut PgConnection, transactions: u64) -> anyhow::Result<()> {
+    let body = format!(
+        "do $$ declare base bigint := (select coalesce(max(id), 0) from transactions); begin
+            for i in base + 1 .. base + {transactions} loop
+                insert into transactions values (i, i % 1000, 'DEPOSIT', 'CREDIT', 12.34, 100.00, 'COMPLETED', 'REF' || i, 'a payment like any other', clock_timestamp(), now());
+                insert into ledger_entries values (2 * i, i, i % 1000, 'DEBIT', 12.34, now()), (2 * i + 1, i, null, 'CREDIT', 12.34, now());
+                update accounts set balance = balance + 0.01, updated_at = now() where id = i % 1000;
+                commit;
+            end loop; end $$"
+    );
+    run(source, "set synchronous_commit = off".to_owned()).await?;
+    run(source, body).await?;
+    // The last commit flushes what the others left.
+    run(source, "set synchronous_commit = on; create table if not exists flushed (); drop table flushed".to_owned()).await
+}
+
+async fn run(connection: &mut PgConnection, sql: String) -> anyhow::Result<()> {
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?;
+    Ok(())
+}
+
+async fn drop_database(admin: &mut PgConnection) -> anyhow::Result<()> {
+    run(admin, format!("select pg_drop_replication_slot(slot_name) from pg_replication_slots where database = '{DATABASE}'")).await?;
+    run(admin, format!("drop database if exists {DATABASE} with (force)")).await
+}
+
+/// User and system time of this process.
+fn cpu_time() -> Duration {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    // Fields 14 and 15, in ticks of 10 ms.
+    let ticks: u64 = after_name.split_whitespace().skip(11).take(2).filter_map(|it| it.parse::<u64>().ok()).sum();
+    Duration::from_millis(ticks * 10)
+}
+
+fn peak_memory_mib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|it| it.strip_prefix("VmHWM:"));
+    line.and_then(|it| it.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+}
