@@ -114,7 +114,8 @@ mod tests {
 
     #[test]
     fn what_is_not_a_postgres_address_is_refused() {
-        for address in ["", "warehouse", "mysql://a@b/c", "postgres://host/db", "postgres://user@host", "postgres://user@host/%zz", "postgres://user@host/a%4"] {
+        for address in ["", "warehouse", "mysql://a@b/c", "postgres://host/db", "postgres://user@host", "postgres://user@host/%zz", "postgres://user@host/a%4"]
+        {
             assert!(matches!(Target::from_url(&Secret::new(address)), Err(Error::Address)), "{address}");
         }
     }
