@@ -14,6 +14,7 @@
     {% if not execute %}
         {{ return('') }}
     {% endif %}
+    {% set commits = api.Relation.create(database=target.database, schema='staging', identifier='commits') %}
     {% set notes = [] %}
     {% for layer in ['staging', 'analytics'] %}
         {% set names = [] %}
@@ -35,6 +36,10 @@
             {% do notes.append(
                 "select 'passed:" ~ layer ~ "' as name, min(lsn) as lsn from " ~ positions() ~ " where name in ('" ~ names | join("', '") ~ "')"
             ) %}
+            {% if layer == 'staging' %}
+                {# Old commits are looked at again when something arrives for them: batches, too, have been seen up to here. #}
+                {% do notes.append("select 'passed:staging:batch' as name, coalesce(max(batch), 0) as lsn from " ~ commits) %}
+            {% endif %}
         {% endif %}
     {% endfor %}
     {{ return(merge_positions(notes) if notes else '') }}

@@ -124,6 +124,20 @@
 {%- endmacro %}
 
 
+{# How many dead letters of a table say that they belong to the commit at hand. #}
+{% macro dead_letters_of_commit(table) -%}
+    (
+        select count(distinct rejected.lsn || ':' || rejected.key || rejected.op)
+        from {{ source('raw', '_rejected') }} as rejected
+        where
+            rejected.topic = '{{ var('topic_prefix') }}.public.{{ table }}'
+            and rejected.tx_id = commits.xid
+            and rejected.lsn > commits.after_lsn
+            and rejected.lsn <= commits.lsn
+    )
+{%- endmacro %}
+
+
 {# The lsn that every lane of a table has gone beyond: each ends with a change of a later transaction. A lane that has shown
    nothing yet may still have everything under way. #}
 {% macro passed_by_every_lane(table) -%}

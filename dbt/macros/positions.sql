@@ -7,7 +7,7 @@
    that window. A run that dies anywhere is made good by the next. #}
 
 
-{# One row a model (how far it has come) and one row a tested layer (`passed:<layer>`, see audit.sql). #}
+{# One row a model (how far it has come) and one row a tested layer (`passed:…`, see audit.sql). #}
 {% macro positions() -%}
     {{ return(api.Relation.create(database=target.database, schema='staging', identifier='positions')) }}
 {%- endmacro %}

@@ -101,7 +101,7 @@ class Landing:
             loaded_at timestamptz default now(), primary key (topic, partition, last_offset)
         );
         create table raw._snapshot_ends (topic text, partition integer, end_offset bigint);
-        create table raw._rejected (topic text, partition integer, "offset" bigint, reason text);
+        create table raw._rejected (topic text, partition integer, "offset" bigint, reason text, tx_id bigint, lsn bigint, op text, key text);
         """
     ) + "".join(
         f"""
@@ -118,8 +118,8 @@ class Landing:
         connection.cursor().execute(self.SCHEMA)
         connection.commit()
 
-    def land(self, lane, count, rejected=()):
-        """The next records of a lane, and the row of `_loads` that covers them. Offsets in `rejected` are dead letters."""
+    def land(self, lane, count):
+        """The next records of a lane, and the row of `_loads` that covers them."""
         table, partition = lane
         first = self.landed[lane]
         end = min(first + count, len(self.cdc.lanes[lane]))
@@ -128,13 +128,9 @@ class Landing:
         cursor = self.connection.cursor()
         topic = "bank.transaction" if table == "boundaries" else f"bank.public.{table}"
         path = f"raw/{table}/p={partition}/{first:020}-{end - 1:020}.parquet"
-        values = [(offset, value) for offset, value in enumerate(self.cdc.lanes[lane][first:end], first) if offset not in rejected]
+        values = enumerate(self.cdc.lanes[lane][first:end], first)
         lines = "".join(f"{copy_text(value)}\t{topic}\t{partition}\t{offset}\t{path}\n" for offset, value in values)
         cursor.copy_expert(f"copy raw.{table} (v, _topic, _partition, _offset, _object) from stdin", io.StringIO(lines))
-        cursor.executemany(
-            'insert into raw._rejected (topic, partition, "offset", reason) values (%s, %s, %s, %s)',
-            [(topic, partition, offset, "not JSON") for offset in rejected if first <= offset < end],
-        )
         cursor.execute(
             "insert into raw._loads (topic, partition, first_offset, last_offset, object, rows) values (%s, %s, %s, %s, %s, %s)",
             (topic, partition, first, end - 1, path, end - first),

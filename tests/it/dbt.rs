@@ -1,5 +1,7 @@
 //! dbt on a real PostgreSQL: the worker in good and bad days, and the project against a simulated bank.
 
+#![allow(clippy::unwrap_used, reason = "a panic in a test is the message")]
+
 use std::{
     path::{Path, PathBuf},
     process::Stdio,
@@ -23,7 +25,7 @@ const RAW: &str = r#"
     create schema raw;
     create table raw._loads (topic text, partition integer, first_offset bigint, last_offset bigint, object text, rows bigint, loaded_at timestamptz);
     create table raw._snapshot_ends (topic text, partition integer, end_offset bigint);
-    create table raw._rejected (topic text, partition integer, "offset" bigint, reason text);
+    create table raw._rejected (topic text, partition integer, "offset" bigint, reason text, tx_id bigint, lsn bigint, op text, key text);
 "#;
 
 fn python() -> PathBuf {
@@ -91,11 +93,10 @@ impl Warehouse {
     /// A customer with an account, and 100.00 paid in; `credited` is what the outside world is booked for it.
     async fn open_account(&mut self, credited: &str) {
         let now = "2026-03-01T12:34:56.123456Z";
-        let customer = json!({"id": 1, "first_name": "Zoë", "last_name": "O'Neil", "email": "zoe@example.com", "phone": null, "date_of_birth": -3653, "address": "1 Main Street", "status": "ACTIVE", "created_at": now, "updated_at": now});
         let account = |balance: &str| json!({"id": 7, "account_number": "DE07", "customer_id": 1, "account_type": "SAVINGS", "status": "ACTIVE", "currency": "EUR", "balance": balance, "interest_rate": "1.2500", "opened_at": now, "closed_at": null, "created_at": now, "updated_at": now});
         let payment = json!({"id": 3, "account_id": 7, "related_account_id": null, "txn_type": "DEPOSIT", "direction": "CREDIT", "amount": "100.00", "balance_after": "100.00", "status": "COMPLETED", "reference": "R3", "description": null, "created_at": now, "posted_at": now});
         let entry = |id: i64, account: Value, kind: &str, amount: &str| json!({"id": id, "transaction_id": 3, "account_id": account, "entry_type": kind, "amount": amount, "created_at": now});
-        self.commit(700, &[("customers", "c", customer)]).await;
+        self.commit(700, &[("customers", "c", customer("1 Main Street"))]).await;
         self.commit(701, &[("accounts", "c", account("0.00"))]).await;
         let entries = (entry(11, json!(7), "DEBIT", "100.00"), entry(12, Value::Null, "CREDIT", credited));
         self.commit(
@@ -264,6 +265,80 @@ async fn a_project_broken_by_hand_shows_its_error_and_turns_green_after_the_repa
     warehouse.drop().await;
 }
 
+fn customer(address: &str) -> Value {
+    let now = "2026-03-01T12:34:56.123456Z";
+    json!({"id": 1, "first_name": "Zoë", "last_name": "O'Neil", "email": "zoe@example.com", "phone": null, "date_of_birth": -3653, "address": address, "status": "ACTIVE", "created_at": now, "updated_at": now})
+}
+
+#[tokio::test]
+async fn a_missing_row_stops_the_cut_until_it_arrives_or_is_a_dead_letter() {
+    let (mut warehouse, work_dir) = (Warehouse::create("cut").await, tempfile::tempdir().unwrap());
+    warehouse.open_account("100.00").await;
+    let worker = start(&warehouse, &project(), work_dir.path()).await;
+    let cut = "select max(lsn)::text from staging.cut";
+    let end_of = |xid: i64| json!({"status": "END", "id": format!("{xid}:{}", xid * 1000 + 500), "data_collections": [{"data_collection": "public.customers", "event_count": 1}], "ts_ms": 1_790_000_000_000_i64 + xid});
+    assert!(tasks(&worker).await.iter().all(RunResults::ok));
+    assert_eq!(warehouse.one(cut).await, "702500");
+
+    // 703 says it changed a customer; nobody has seen the row. Everything after it waits.
+    warehouse.land("boundaries", end_of(703)).await;
+    warehouse.commit(704, &[("customers", "u", customer("2 Side Street"))]).await;
+    assert!(tasks(&worker).await.iter().all(RunResults::ok));
+    assert_eq!(warehouse.one(cut).await, "702500");
+
+    // It could not be decoded: counted as arrived, for its lane has shown a later commit.
+    let reject = r#"insert into raw._rejected values ('bank.public.customers', 0, (select max(_offset) + 1 from raw.customers), 'not JSON', null, null, null, null);
+        insert into raw._loads (topic, partition, first_offset, last_offset, rows) select topic, partition, "offset", "offset", 1 from raw._rejected;
+        insert into raw.customers select null, topic, partition, "offset" from raw._rejected"#;
+    warehouse.sql.execute(reject).await.unwrap();
+    let outcomes = tasks(&worker).await;
+    assert_eq!(outcomes.iter().filter_map(RunResults::explain).collect::<Vec<_>>(), Vec::<String>::new());
+    assert_eq!(warehouse.one(cut).await, "704500");
+    assert_eq!(warehouse.one("select written_off_customers::text from staging.cut order by lsn desc limit 1").await, "1");
+    assert_eq!(warehouse.one("select address from analytics.dim_customers where is_current").await, "2 Side Street");
+
+    // One dead letter excuses one row.
+    warehouse.land("boundaries", end_of(705)).await;
+    warehouse.commit(706, &[("customers", "u", customer("3 Back Street"))]).await;
+    assert!(tasks(&worker).await.iter().all(RunResults::ok));
+    assert_eq!(warehouse.one(cut).await, "704500");
+
+    // One that says whose it is excuses its own commit, even the very last.
+    warehouse.land("boundaries", end_of(707)).await;
+    let reject = r#"insert into raw._rejected (topic, partition, "offset", reason, tx_id, lsn, op, key)
+            select 'bank.public.customers', 0, max(_offset) + n, 'zero byte', 703 + 2 * n, 703000 + 2000 * n, 'u', '1' from raw.customers, generate_series(1, 2) as n group by n;
+        insert into raw._loads (topic, partition, first_offset, last_offset, rows) select topic, partition, "offset", "offset", 1 from raw._rejected where tx_id > 0;
+        insert into raw.customers select null, topic, partition, "offset" from raw._rejected where tx_id > 0"#;
+    warehouse.sql.execute(reject).await.unwrap();
+    let outcomes = tasks(&worker).await;
+    assert_eq!(outcomes.iter().filter_map(RunResults::explain).collect::<Vec<_>>(), Vec::<String>::new());
+    assert_eq!(warehouse.one(cut).await, "707500");
+
+    worker.stop().await;
+    warehouse.drop().await;
+}
+
+#[tokio::test]
+async fn a_row_too_many_and_an_end_that_differs_are_alarms_however_late_they_come() {
+    let (mut warehouse, work_dir) = (Warehouse::create("alarms").await, tempfile::tempdir().unwrap());
+    warehouse.open_account("100.00").await;
+    let worker = start(&warehouse, &project(), work_dir.path()).await;
+    assert!(tasks(&worker).await.iter().all(RunResults::ok));
+
+    let source = json!({"txId": 702, "lsn": 702_099, "ts_us": 1_790_000_000_000_000_i64});
+    warehouse.land("customers", json!({"before": null, "after": customer("Nowhere"), "source": source, "op": "u"})).await;
+    warehouse.land("boundaries", json!({"status": "END", "id": "702:702500", "data_collections": [{"data_collection": "public.accounts", "event_count": 9}], "ts_ms": 1_790_000_000_000_i64})).await;
+    warehouse.commit(703, &[("customers", "u", customer("2 Side Street"))]).await;
+    let outcomes = tasks(&worker).await;
+
+    let failed: Vec<&str> = outcomes[1].failed().map(|it| it.node.name.as_str()).collect();
+    assert_eq!(failed.len(), 2, "{failed:?}");
+    assert!(failed.contains(&"assert_every_commit_is_whole") && failed.contains(&"assert_repeated_ends_agree"), "{failed:?}");
+
+    worker.stop().await;
+    warehouse.drop().await;
+}
+
 /// A model that takes for ever, so that a run can be met in the middle.
 fn with_endless_model(project: &Path) {
     std::fs::write(
@@ -274,6 +349,7 @@ fn with_endless_model(project: &Path) {
 }
 
 async fn until_asleep(warehouse: &mut Warehouse, sleepers: i64) {
+    // Polled, since pg_stat_activity tells nobody when it changes.
     let query =
         "select count(*) from pg_stat_activity where datname = current_database() and application_name like 'ledgerline dbt%' and wait_event = 'PgSleep'";
     let waited = async {

@@ -1,10 +1,11 @@
 {# How far whole transactions go: just before the first that is short. A row each time it moves.
    PostgreSQL walks the index on lsn from the last cut and stops at the first short one: a run costs what is short or new.
 
-   A row that could not be decoded counts as arrived, but nobody can read whose it was. So, only while there are dead letters:
-   a short commit is written off where every lane of the table has already shown a later commit (its rows are not under way),
-   and as long as there are more dead letters than rows written off before (`written_off_<table>`, a running total). A row that is
-   missing without a dead letter is never written off: the cut stands still, which is an alarm. #}
+   A row that could not be decoded counts as arrived. Only while there are dead letters, a short commit is written off
+   - where its missing rows are dead letters that still say whose they are,
+   - or, since most say nothing, where every lane of the table has already shown a later commit (nothing is under way any more),
+   and in all never more rows than there are dead letters (`written_off_<table>` is the running total). A row that is missing
+   without a dead letter is never written off: the cut stands still, which is an alarm. #}
 {{ config(incremental_strategy='append') }}
 {% set tables = var('tables') %}
 {% set last = {'lsn': -1} %}
@@ -27,9 +28,10 @@ with short as (
     select
         lsn,
         {% for table in tables %}
-        greatest(owed_{{ table }} - got_{{ table }}, 0) as missing_{{ table }}{{ ',' if not loop.last }}
+        greatest(owed_{{ table }} - got_{{ table }}, 0) as missing_{{ table }},
+        {{ dead_letters_of_commit(table) if table in dead else 0 }} as dead_{{ table }}{{ ',' if not loop.last }}
         {% endfor %}
-    from {{ ref('commits') }}
+    from {{ ref('commits') }} as commits
     where
         lsn > {{ last.lsn }}
         and ({% for table in tables %}got_{{ table }} < owed_{{ table }}{{ ' or ' if not loop.last }}{% endfor %})
@@ -53,7 +55,8 @@ in_flight as (
     where
         {% for table in tables %}
         {% if table in dead %}
-        (missing_{{ table }} > 0 and (due_{{ table }} > {{ dead[table] }} or lsn >= {{ passed[table] }}))
+        (missing_{{ table }} > 0 and due_{{ table }} > {{ dead[table] }})
+        or (missing_{{ table }} > dead_{{ table }} and lsn >= {{ passed[table] }})
         {% else %}
         missing_{{ table }} > 0
         {% endif %}

@@ -1,6 +1,8 @@
 {# Staging holds, of every transaction up to the cut, exactly the rows its END owes: none missing, none twice, and none more than
-   owed, which would be somebody else's. Rows that a dead letter stands for are the cut's to write off, and only those. #}
+   owed, which would be somebody else's: those are looked for in every commit that something has arrived for since, however old.
+   Rows that a dead letter stands for are the cut's to write off, and only those. #}
 {% set mark = audit_mark('staging') %}
+{% set marked_batch = audit_mark('staging:batch') %}
 {% set keys = {'customers': 'customer_id', 'accounts': 'account_id', 'transactions': 'transaction_id', 'ledger_entries': 'ledger_entry_id'} %}
 
 with staged as (
@@ -36,7 +38,9 @@ due as (
         commits.got_{{ table }} as arrived
     from {{ ref('commits') }} as commits
     inner join newest_cut on commits.lsn <= newest_cut.lsn
-    where commits.lsn > {{ mark }} and (commits.got_{{ table }} > 0 or commits.owed_{{ table }} > 0)
+    where
+        (commits.lsn > {{ mark }} and (commits.got_{{ table }} > 0 or commits.owed_{{ table }} > 0))
+        or (commits.batch > {{ marked_batch }} and commits.xid > 0 and commits.got_{{ table }} > commits.owed_{{ table }})
     {{ 'union all' if not loop.last }}
     {% endfor %}
 )
