@@ -139,7 +139,8 @@ struct Topic {
 
 /// A produce request that has been carried out.
 struct Carried {
-    lanes: Vec<(String, i32)>,
+    /// Each batch's topic, partition and length.
+    lanes: Vec<(String, i32, u64)>,
     results: Appends,
     answer: oneshot::Sender<Appends>,
 }
@@ -249,8 +250,8 @@ impl Store {
                 let room = *round.room.get_or_insert_with(|| self.has_room());
                 let now_ms = now_ms();
                 let results = appends.iter().map(|it| if room { self.append(it, now_ms) } else { Err(ResponseError::KafkaStorageError) }).collect();
-                round.bytes += appends.iter().map(|it| wide(it.batch.header.length)).sum::<u64>();
-                let lanes = appends.into_iter().map(|it| (it.topic, it.partition)).collect();
+                let lanes: Vec<_> = appends.into_iter().map(|it| (it.topic, it.partition, wide(it.batch.header.length))).collect();
+                round.bytes += lanes.iter().map(|it| it.2).sum::<u64>();
                 round.appends.push(Carried { lanes, results, answer });
             }
             Job::Ask(work) => round.afters.push(work(self)),
@@ -292,13 +293,16 @@ impl Store {
     }
 
     fn answer(&self, round: Round, flushed: &Flushed) {
-        let (mut batches, bytes) = (0, round.bytes);
+        let (mut batches, mut bytes) = (0, 0);
         for Carried { lanes, mut results, answer } in round.appends {
-            for (lane, result) in lanes.iter().zip(&mut results) {
-                if flushed.failed.contains(lane) {
+            for ((topic, partition, length), result) in lanes.into_iter().zip(&mut results) {
+                if flushed.failed.contains(&(topic, partition)) {
                     *result = Err(ResponseError::KafkaStorageError);
                 }
-                batches += u64::from(result.is_ok());
+                if result.is_ok() {
+                    batches += 1;
+                    bytes += length;
+                }
             }
             tell(answer, results);
         }

@@ -8,7 +8,7 @@ use std::{
 use ledgerline::units::Size;
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
-    admin::{AdminClient, AdminOptions, AlterConfig, NewPartitions, NewTopic, ResourceSpecifier, TopicReplication},
+    admin::{AdminClient, AdminOptions, AlterConfig, NewPartitions, NewTopic, ResourceSpecifier, TopicReplication, TopicResult},
     client::DefaultClientContext,
     config::FromClientConfig,
     consumer::{BaseConsumer, CommitMode, Consumer},
@@ -273,7 +273,7 @@ fn administrators_find_make_change_and_delete_topics() {
     let house = House::new();
     let (admin, options) = house.admin();
     let wanted = [NewTopic::new("t", 1, TopicReplication::Fixed(1)).set("retention.ms", "604800000")];
-    let run = |result: Result<Vec<Result<String, (String, RDKafkaErrorCode)>>, KafkaError>| result.unwrap().remove(0);
+    let run = |result: Result<Vec<TopicResult>, KafkaError>| result.unwrap().remove(0);
     run(house.runtime.block_on(admin.create_topics(&wanted, &options))).unwrap();
     assert_eq!(run(house.runtime.block_on(admin.create_topics(&wanted, &options))).unwrap_err().1, RDKafkaErrorCode::TopicAlreadyExists);
     let misspelt = [NewTopic::new("u", 1, TopicReplication::Fixed(1)).set("retention.millis", "1")];
