@@ -62,12 +62,13 @@ pub async fn conclude(pipeline: Pipeline, outcome: Result<(), Failure>, has_goal
             Ok(()) => (Exit::Right.outcome(), None),
             Err(failure) => (failure.exit.outcome(), Some(failure.text.clone())),
         };
-        let runs = pipeline.runs_of_this_invocation().await;
-        written = Summary::new(&snapshot, runs, rows, word, error).write(path).map_err(|error| {
-            Failure::new(Exit::Usage, format!("could not write the summary {}: {error}", path.display())).with_remedy("give --summary a path in a folder you may write")
+        let (runs, mails) = (pipeline.runs_of_this_invocation().await, pipeline.mails_of_this_invocation().await);
+        written = Summary::new(&snapshot, &runs, mails, rows, word, error).write(path).map_err(|error| {
+            Failure::new(Exit::Usage, format!("could not write the summary {}: {error}", path.display()))
+                .with_remedy("give --summary a path in a folder you may write")
         });
     }
-    let kpis = snapshot.refresh.kpis.as_ref().map(|it| it.kpis.clone());
+    let kpis = snapshot.refresh.kpis.as_ref().map(|it| it.reading.kpis.clone());
     pipeline.stop().await;
     outcome?;
     written?;

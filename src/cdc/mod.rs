@@ -85,6 +85,16 @@ pub enum SnapshotMode {
     Never,
 }
 
+impl SnapshotMode {
+    /// As `config.toml` and dbt's `vars` write it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Initial => "initial",
+            Self::Never => "never",
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {

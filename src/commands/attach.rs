@@ -12,7 +12,8 @@ pub(super) async fn attach(loaded: &Loaded, look: &Look) -> Result<Exit, Failure
     let root = loaded.data_dir();
     let path = data_dir::socket_path(&root);
     let (Some(watching), Some(asking)) = (Client::connect(&path).await, Client::connect(&path).await) else {
-        return Err(Failure::new(Exit::Away, format!("no pipeline runs on {}", root.display())).with_remedy("start one with `ledgerline run`, or name its data dir with --data-dir"));
+        return Err(Failure::new(Exit::Away, format!("no pipeline runs on {}", root.display()))
+            .with_remedy("start one with `ledgerline run`, or name its data dir with --data-dir"));
     };
     let interrupted = super::interrupts();
     // Its own log lines go to the pane; the pipeline's are in its file.

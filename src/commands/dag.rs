@@ -160,7 +160,8 @@ async fn order(loaded: &Loaded, command: Command, output: &Output) -> Result<Exi
     let data_dir = super::take_data_dir(&loaded.data_dir())?;
     let services = super::start_services(loaded, &data_dir, Needs { dbt: true, ..Needs::RECONCILE }, &interrupted).await?;
     let mode = Mode { goal: bank::Goal::Forever, rate: bank::Rate::default(), schedule: Schedule::Never };
-    let pipeline = Pipeline::start(loaded, data_dir, services, Parts { scheduler: true, ..Parts::NONE }, mode).await.map_err(|error| Failure::from_error(&error))?;
+    let pipeline =
+        Pipeline::start(loaded, data_dir, services, Parts { scheduler: true, ..Parts::NONE }, mode).await.map_err(|error| Failure::from_error(&error))?;
     let outcome = tokio::select! {
         outcome = carried_out(&pipeline, &dag_id, command, output) => outcome,
         () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted; the run goes on with the next start")),

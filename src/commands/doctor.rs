@@ -48,7 +48,7 @@ fn configuration(loaded: &Loaded) -> Finding {
 
 async fn python_found() -> Finding {
     match python::find().await {
-        Ok(found) => Finding { name: "python", ok: true, found: format!("{} is Python {}", found.path.display(), found.version), remedy: None },
+        Ok(found) => Finding { name: "python", ok: true, found: format!("{} is Python 3.{}", found.python.display(), found.minor), remedy: None },
         Err(error) => failed("python", &error),
     }
 }
@@ -117,7 +117,12 @@ fn terminal() -> Finding {
 /// Tries to connect to what is not embedded.
 async fn external_addresses(loaded: &Loaded) -> Vec<Finding> {
     let config = &loaded.config;
-    let urls = [("source.url", &config.source.url), ("warehouse.url", &config.warehouse.url), ("state.url", &config.state.url), ("lake.endpoint", &config.lake.endpoint)];
+    let urls = [
+        ("source.url", &config.source.url),
+        ("warehouse.url", &config.warehouse.url),
+        ("state.url", &config.state.url),
+        ("lake.endpoint", &config.lake.endpoint),
+    ];
     let mut findings = Vec::new();
     for (name, address) in urls.into_iter().filter(|(_, address)| *address != EMBEDDED) {
         let host = url::Url::parse(address).ok().and_then(|url| Some((url.host_str()?.to_owned(), url.port_or_known_default().unwrap_or(5432))));

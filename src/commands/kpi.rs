@@ -9,9 +9,7 @@ use crate::{
     cli::Output,
     config::Loaded,
     exit::{Exit, Failure},
-    headless,
-    kpi,
-    lake,
+    headless, kpi, lake,
     pipeline::services::Needs,
     warehouse::{
         Cut,

@@ -43,9 +43,16 @@ async fn list(store: &lake::Store, topics: &Topics, table: Option<&str>, limit: 
     }
     let mut text = String::new();
     for table in &tables {
-        text += &format!("{:<24} {:>8} objects {:>12} records {:>10}\n", table.table, grouped(table.objects), grouped(table.records), bytes_for_people(table.bytes));
+        text += &format!(
+            "{:<24} {:>8} objects {:>12} records {:>10}\n",
+            table.table,
+            grouped(table.objects),
+            grouped(table.records),
+            bytes_for_people(table.bytes)
+        );
         for record in table.lanes.iter().flat_map(|it| &it.newest) {
-            text += &format!("  {} {:>10} rows {:>10}  {}\n", record.written_at.format("%F %T"), grouped(record.rows), bytes_for_people(record.bytes), record.data);
+            text +=
+                &format!("  {} {:>10} rows {:>10}  {}\n", record.written_at.format("%F %T"), grouped(record.rows), bytes_for_people(record.bytes), record.data);
         }
     }
     super::print(&text)?;
@@ -59,7 +66,14 @@ async fn verify(store: &lake::Store, topics: &Topics, sweep: bool, output: &cli:
     } else {
         let mut text = String::new();
         for lane in &proof.lanes {
-            text += &format!("{:<36} p={} {:>6} objects {:>12} rows {:>10}\n", lane.topic, lane.partition, grouped(lane.objects), grouped(lane.rows), bytes_for_people(lane.bytes));
+            text += &format!(
+                "{:<36} p={} {:>6} objects {:>12} rows {:>10}\n",
+                lane.topic,
+                lane.partition,
+                grouped(lane.objects),
+                grouped(lane.rows),
+                bytes_for_people(lane.bytes)
+            );
         }
         for finding in &proof.findings {
             text += &format!("FAIL  {}: {}\n", finding.key, finding.what);

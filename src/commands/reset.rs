@@ -37,8 +37,10 @@ pub(super) async fn reset(loaded: &Loaded, flags: &cli::Reset) -> Result<Exit, F
     if !flags.yes && !super::confirmed(&question) {
         return Err(Failure::new(Exit::Usage, "nothing was deleted").with_remedy("answer y, or give --yes where there is no terminal"));
     }
-    // A server that outlived a crash holds files open below it.
-    postgres::end_orphan(&root.join("postgres")).await;
+    // The cluster may lie elsewhere, and a server of it may have outlived a crash.
+    let cluster = root.join("postgres");
+    let removed = tokio::task::spawn_blocking(move || postgres::remove(&cluster)).await;
+    removed.map_err(|error| Failure::new(Exit::Bug, error.to_string()))?.map_err(|error| Failure::from_error(&error))?;
     drop(data_dir);
     fs::remove_dir_all(&root).map_err(|error| Failure::new(Exit::Away, format!("could not delete {}: {error}", root.display())))?;
     finish(&Report { deleted: true, ..report }, flags, "deleted")

@@ -55,7 +55,13 @@ pub(super) async fn cdc(loaded: &Loaded, command: CdcCommand) -> Result<Exit, Fa
         super::print_json(&cdc)?;
         return Ok(Exit::Right);
     }
-    let mut text = format!("step       {:?}\nconfirmed  {}\nreceived   {}\nbehind     {}\n", cdc.step, cdc.confirmed_lsn, cdc.received_lsn, crate::units::bytes_for_people(cdc.lag_bytes));
+    let mut text = format!(
+        "step       {:?}\nconfirmed  {}\nreceived   {}\nbehind     {}\n",
+        cdc.step,
+        cdc.confirmed_lsn,
+        cdc.received_lsn,
+        crate::units::bytes_for_people(cdc.lag_bytes)
+    );
     if let Some(slot) = &cdc.slot {
         text += &format!("slot       {} · WAL {}\n", if slot.active { "active" } else { "not active" }, slot.wal_status);
     }

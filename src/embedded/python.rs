@@ -135,9 +135,15 @@ impl Venv {
     }
 }
 
-struct Base {
-    python: PathBuf,
-    minor: u32,
+pub struct Base {
+    pub python: PathBuf,
+    /// Python 3's.
+    pub minor: u32,
+}
+
+/// The interpreter that an environment would be built on, by the user's PATH.
+pub async fn find() -> Result<Base, Error> {
+    find_python(&std::env::var_os("PATH").unwrap_or_default()).await
 }
 
 /// The directory's name: another list or another Python is another environment (pure).

@@ -12,10 +12,12 @@ pub enum StageName {
     Cdc,
     Lake,
     Scheduler,
+    /// Delivers the letters that the DAGs write.
+    Mail,
 }
 
 impl StageName {
-    pub const ALL: [Self; 4] = [Self::Bank, Self::Cdc, Self::Lake, Self::Scheduler];
+    pub const ALL: [Self; 5] = [Self::Bank, Self::Cdc, Self::Lake, Self::Scheduler, Self::Mail];
 
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -23,6 +25,7 @@ impl StageName {
             Self::Cdc => "cdc",
             Self::Lake => "lake",
             Self::Scheduler => "scheduler",
+            Self::Mail => "mail",
         }
     }
 }
@@ -36,18 +39,42 @@ impl std::fmt::Display for StageName {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "snake_case")]
 pub enum Command {
-    Pause { stage: StageName },
-    Resume { stage: StageName },
+    Pause {
+        stage: StageName,
+    },
+    Resume {
+        stage: StageName,
+    },
     /// Business transactions per second from now on.
-    Rate { per_second: NonZeroU32 },
+    Rate {
+        per_second: NonZeroU32,
+    },
     /// One business event while the bank is paused.
     Step,
-    Trigger { dag_id: String, dry_run: bool },
-    Retry { dag_id: String, run_id: Option<String>, task_id: String, dry_run: bool },
-    Clear { dag_id: String, run_id: Option<String>, task_id: String, dry_run: bool },
-    Cancel { dag_id: String, dry_run: bool },
+    Trigger {
+        dag_id: String,
+        dry_run: bool,
+    },
+    Retry {
+        dag_id: String,
+        run_id: Option<String>,
+        task_id: String,
+        dry_run: bool,
+    },
+    Clear {
+        dag_id: String,
+        run_id: Option<String>,
+        task_id: String,
+        dry_run: bool,
+    },
+    Cancel {
+        dag_id: String,
+        dry_run: bool,
+    },
     /// Try a stage again that holds for the operator, now.
-    Restart { stage: StageName },
+    Restart {
+        stage: StageName,
+    },
     /// End the pipeline as ^C would.
     Shutdown,
 }

@@ -37,7 +37,9 @@ impl Diagnose for Error {
     fn fault(&self) -> Fault {
         Fault::Operator(match self {
             Self::Unusable { .. } => "make it a folder that you may write, or choose another with --data-dir".to_owned(),
-            Self::OtherVersion { .. } => "use the program that wrote it, or choose another folder with --data-dir, or delete it with `ledgerline reset`".to_owned(),
+            Self::OtherVersion { .. } => {
+                "use the program that wrote it, or choose another folder with --data-dir, or delete it with `ledgerline reset`".to_owned()
+            }
             Self::InUse { .. } => "look at it with `ledgerline attach`, end that process, or choose another folder with --data-dir".to_owned(),
             Self::NotOurs { .. } => "choose an empty or a new folder with --data-dir".to_owned(),
         })

@@ -51,9 +51,11 @@ impl Pipeline {
         info!("the bank is done; draining");
         self.drain().await?;
         info!("drained; the last runs begin");
+        self.drained.send_replace(true);
         self.hold_schedule().await;
         self.wait_until("the runs in progress", |it| it.dag.is_idle()).await?;
-        self.run_both_dags().await
+        self.run_both_dags().await?;
+        self.wait_until("the letters", |it| it.mail.waiting == 0 || it.mail.away.is_some()).await
     }
 
     /// Waits until everything the bank has committed lies in the lake: the slot has confirmed the WAL position read now, after
@@ -90,8 +92,8 @@ impl Pipeline {
     }
 
     fn check_reconciled(&self) -> Result<(), Failure> {
-        match &self.refresh.stats().borrow().reconcile {
-            Some(report) if report.ok => Ok(()),
+        match &self.snapshots.borrow().refresh.reconcile {
+            Some(reconcile) if reconcile.report.ok => Ok(()),
             Some(_) => Err(Failure::new(Exit::Data, "reconciliation differs").with_remedy("`ledgerline reconcile` names table and keys")),
             None => Err(Failure::new(Exit::Bug, "the transformation ended without a reconciliation")),
         }
@@ -178,6 +180,7 @@ fn failed_run(run: &RunStats) -> Failure {
         Some(task) => format!("{} {}: {}", run.dag_id, task.task_id, task.error.as_deref().unwrap_or("failed")),
         None => format!("{} failed", run.dag_id),
     };
-    let tests = failed.is_some_and(|it| it.task_id.starts_with("dbt_test") || it.task_id == refresh::RECONCILE);
-    Failure::new(if tests { Exit::Data } else { Exit::Away }, text).with_remedy(format!("`ledgerline dag show {} {}` has the whole story", run.dag_id, run.run_id))
+    let tests = failed.is_some_and(|it| it.task_id.starts_with("dbt_test") || it.task_id == "reconcile");
+    Failure::new(if tests { Exit::Data } else { Exit::Away }, text)
+        .with_remedy(format!("`ledgerline dag show {} {}` has the whole story", run.dag_id, run.run_id))
 }

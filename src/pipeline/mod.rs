@@ -21,9 +21,10 @@ use crate::{
     dag, dbt,
     exit::{Exit, Failure},
     fault::chain,
-    lake,
-    refresh::{self, Refresh},
+    lake, notify, refresh,
+    secret::Secret,
     stage::{self, Phase},
+    warehouse::postgres::Postgres,
 };
 
 pub mod command;
@@ -39,9 +40,9 @@ pub mod verdict;
 
 use command::{Command, Reply, StageName};
 use data_dir::DataDir;
+use obey::obey;
 use services::Services;
 use snapshot::{Sampler, Snapshot, Sources};
-use obey::obey;
 use supervise::{Delays, Health, supervise};
 
 /// Commands that wait to be carried out; whoever asks beyond that waits himself.
@@ -56,6 +57,7 @@ pub struct Parts {
     pub bank: bool,
     pub cdc: bool,
     pub lake: bool,
+    /// The DAGs, and the letters they write.
     pub scheduler: bool,
 }
 
@@ -68,7 +70,7 @@ impl Parts {
             StageName::Bank => self.bank,
             StageName::Cdc => self.cdc,
             StageName::Lake => self.lake,
-            StageName::Scheduler => self.scheduler,
+            StageName::Scheduler | StageName::Mail => self.scheduler,
         }
     }
 }
@@ -83,8 +85,6 @@ pub struct Mode {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error(transparent)]
-    Refresh(#[from] refresh::Error),
     #[error("could not listen for `attach` and single commands at {path}")]
     Socket {
         path: String,
@@ -96,7 +96,6 @@ pub enum Error {
 impl crate::fault::Diagnose for Error {
     fn fault(&self) -> crate::fault::Fault {
         match self {
-            Self::Refresh(error) => error.fault(),
             Self::Socket { .. } => crate::fault::Fault::Operator("make the data dir writable, or choose another with --data-dir".to_owned()),
         }
     }
@@ -147,8 +146,9 @@ pub struct Pipeline {
     wishes: Wishes,
     snapshots: watch::Receiver<Arc<Snapshot>>,
     commander: Commander,
-    refresh: Arc<Refresh>,
     topics: Topics,
+    /// Whether the bank stands still and everything it wrote has landed.
+    drained: watch::Sender<bool>,
     /// Ends the helpers (sampler, socket, commands); stages have tokens of their own.
     helpers: CancellationToken,
     /// Cancelled when an operator asks the pipeline to end.
@@ -171,13 +171,15 @@ impl Pipeline {
     pub async fn start(loaded: &Loaded, data_dir: DataDir, mut services: Services, parts: Parts, mode: Mode) -> Result<Self, Error> {
         let topics = Topics::new(loaded.config.cdc.topic_prefix.clone());
         let (helpers, shutdown) = (CancellationToken::new(), CancellationToken::new());
-        let refresh = Arc::new(Refresh::new(refresh_rooms(loaded, &data_dir, &services, &topics))?);
 
         let apart = CancellationToken::new();
         let (bank, bank_control) = stage::control(bank::Stats::default(), bank::Wish { rate: mode.rate, ..bank::Wish::default() }, &apart);
         let (cdc, cdc_control) = stage::control(cdc::Stats::default(), Phase::Running, &apart);
         let (lake, lake_control) = stage::control(lake::Stats::default(), Phase::Running, &apart);
         let (scheduler, scheduler_control) = stage::control(dag::Stats::default(), Phase::Running, &apart);
+        let (mail, mail_control) = stage::control(notify::Stats::default(), Phase::Running, &apart);
+        let (refreshed, refresh) = watch::channel(refresh::Stats::default());
+        let drained = watch::Sender::new(false);
         let (dags_in, dags) = watch::channel(dag::Handle::new(dag::orders().0, scheduler.stats.clone()));
 
         let mut stages = BTreeMap::new();
@@ -189,7 +191,12 @@ impl Pipeline {
         launch(StageName::Bank, &bank.stop, bank_start(loaded, &services, mode.goal, bank_control));
         launch(StageName::Cdc, &cdc.stop, cdc_start(loaded, &services, cdc_control));
         launch(StageName::Lake, &lake.stop, lake_start(loaded, &services, &topics, lake_control));
-        launch(StageName::Scheduler, &scheduler.stop, scheduler_start(loaded, &services, &refresh, mode.schedule, dags_in, scheduler_control));
+        launch(
+            StageName::Scheduler,
+            &scheduler.stop,
+            scheduler_start(loaded, &data_dir, &services, mode.schedule, Ends { dags: dags_in, refreshed, drained: drained.subscribe() }, scheduler_control),
+        );
+        launch(StageName::Mail, &mail.stop, mail_start(loaded, &data_dir, &services, mail_control));
 
         let sources = Sources {
             profile: loaded.config.profile.clone(),
@@ -205,7 +212,8 @@ impl Pipeline {
             cdc: cdc.stats.clone(),
             lake: lake.stats.clone(),
             dag: scheduler.stats.clone(),
-            refresh: refresh.stats(),
+            refresh,
+            mail: mail.stats.clone(),
             services: services.health(),
         };
         let mut sampler = Sampler::new(sources, Utc::now());
@@ -221,7 +229,7 @@ impl Pipeline {
 
         let path = data_dir::socket_path(&loaded.data_dir());
         let listening = socket::serve(&path, commander.clone(), snapshots.clone(), services.printed(), helpers.clone()).await;
-        let pipeline = Self { services, _data_dir: data_dir, stages, wishes, snapshots, commander, refresh, topics, helpers, shutdown };
+        let pipeline = Self { services, _data_dir: data_dir, stages, wishes, snapshots, commander, topics, drained, helpers, shutdown };
         if let Err(source) = listening {
             pipeline.stop().await;
             return Err(Error::Socket { path: path.display().to_string(), source });
@@ -239,10 +247,6 @@ impl Pipeline {
 
     pub fn services(&self) -> &Services {
         &self.services
-    }
-
-    pub fn refresh(&self) -> &Refresh {
-        &self.refresh
     }
 
     /// What an operator would see if the next sample were now: the last one of an invocation must not be old.
@@ -271,6 +275,20 @@ impl Pipeline {
             }
         }
         runs
+    }
+
+    /// Letters recorded since the start of this invocation.
+    pub async fn mails_of_this_invocation(&self) -> Vec<summary::Mail> {
+        let since = self.snapshots.borrow().started_at;
+        let mails = notify::Outbox::new(&self.services.addresses.state, &notify::Config::default()).since(since).await;
+        mails
+            .unwrap_or_else(|error| {
+                warn!(error = %chain(&error), "the letters are missing from the summary");
+                Vec::new()
+            })
+            .iter()
+            .map(summary::Mail::from)
+            .collect()
     }
 
     /// No scheduled runs from here on; those in progress go on.
@@ -310,7 +328,6 @@ impl Pipeline {
         for name in StageName::ALL {
             self.stop_stage(name).await;
         }
-        self.refresh.stop().await;
         self.helpers.cancel();
         self.services.stop().await;
         info!("stopped");
@@ -388,40 +405,95 @@ fn lake_start(loaded: &Loaded, services: &Services, topics: &Topics, control: st
     })
 }
 
+/// Where the scheduler's ends are held by the control room, across restarts of the stage.
+struct Ends {
+    dags: watch::Sender<dag::Handle>,
+    refreshed: watch::Sender<refresh::Stats>,
+    drained: watch::Receiver<bool>,
+}
+
 fn scheduler_start(
     loaded: &Loaded,
+    data_dir: &DataDir,
     services: &Services,
-    refresh: &Arc<Refresh>,
     schedule: dag::Schedule,
-    dags: watch::Sender<dag::Handle>,
+    ends: Ends,
     control: stage::Control<dag::Stats>,
 ) -> Start {
-    let config = dag::Config { schedule, ..loaded.config.dag.clone() };
-    let (state, refresh) = (services.addresses.state.clone(), Arc::clone(refresh));
+    let hands = Arc::new(Hands {
+        addresses: services.addresses.clone(),
+        topics: Topics::new(loaded.config.cdc.topic_prefix.clone()),
+        dag: dag::Config { schedule, ..loaded.config.dag.clone() },
+        dbt: dbt::Config { project_dir: loaded.dbt_project_dir(), ..loaded.config.dbt.clone() },
+        dbt_work: data_dir.join("dbt"),
+        mail: mail_config(loaded),
+        snapshot: loaded.config.cdc.snapshot,
+        refreshed: ends.refreshed,
+        drained: ends.drained,
+    });
     Box::new(move || {
         let (orders, requests) = dag::orders();
-        dags.send_replace(dag::Handle::new(orders, control.stats.subscribe()));
-        let (config, state, refresh, control) = (config.clone(), state.clone(), Arc::clone(&refresh), control.clone());
-        Box::pin(async move {
-            let deal = refresh.deal(&config)?;
-            Ok(dag::run(deal, dag::History::new(&state), requests, control).await?)
-        })
+        ends.dags.send_replace(dag::Handle::new(orders, control.stats.subscribe()));
+        Box::pin(schedule_runs(Arc::clone(&hands), requests, control.clone()))
     })
 }
 
-fn refresh_rooms(loaded: &Loaded, data_dir: &DataDir, services: &Services, topics: &Topics) -> refresh::Rooms {
-    let addresses = &services.addresses;
-    refresh::Rooms {
-        lake: addresses.lake.clone(),
-        topics: topics.clone(),
+/// What the scheduler needs to connect its rooms, as often as it is started.
+struct Hands {
+    addresses: services::Addresses,
+    topics: Topics,
+    dag: dag::Config,
+    dbt: dbt::Config,
+    dbt_work: std::path::PathBuf,
+    mail: notify::Config,
+    snapshot: cdc::SnapshotMode,
+    refreshed: watch::Sender<refresh::Stats>,
+    drained: watch::Receiver<bool>,
+}
+
+async fn schedule_runs(hands: Arc<Hands>, requests: mpsc::Receiver<dag::Request>, control: stage::Control<dag::Stats>) -> Result<(), supervise::Failed> {
+    let addresses = &hands.addresses;
+    let python = addresses.python.as_deref().expect("whoever hosts the scheduler needs dbt, so its environment is there");
+    let worker = dbt::Worker::start(python, &hands.dbt, dbt::Target::from_url(&addresses.warehouse)?, &hands.dbt_work).await?;
+    let (state, prefix) = (addresses.state.clone(), hands.topics.prefix().to_owned());
+    let rooms = refresh::Rooms {
+        store: lake::Store::connect(&addresses.lake).await?,
+        warehouse: Postgres::connect(&addresses.warehouse).await?,
+        topics: hands.topics.clone(),
+        dbt: worker.clone(),
+        outbox: notify::Outbox::new(&addresses.state, &hands.mail),
         source: addresses.source.clone(),
-        state: addresses.state.clone(),
-        warehouse: addresses.warehouse.clone(),
-        python: addresses.python.clone(),
-        dbt: dbt::Config { project_dir: loaded.dbt_project_dir(), ..loaded.config.dbt.clone() },
-        dbt_work: data_dir.join("dbt"),
-        mail: loaded.config.mail.clone(),
-        mail_folder: data_dir.join("mail"),
-        mail_password: loaded.secrets.mail_password.clone(),
-    }
+        snapshot: hands.snapshot.as_str().to_owned(),
+        snapshot_ends: Arc::new(move || Box::pin(snapshot_ends(state.clone(), prefix.clone()))),
+        drained: hands.drained.clone(),
+    };
+    let (deal, mut stats) = refresh::deal(rooms, &hands.dag).map_err(dag::Error::from)?;
+    let refreshed = hands.refreshed.clone();
+    let copying = tokio::spawn(async move {
+        while stats.changed().await.is_ok() {
+            refreshed.send_replace(stats.borrow_and_update().clone());
+        }
+    });
+    let outcome = dag::run(deal, dag::History::new(&addresses.state), requests, control).await;
+    worker.stop().await;
+    copying.abort();
+    Ok(outcome?)
+}
+
+async fn snapshot_ends(state: Secret, topic_prefix: String) -> Result<Option<refresh::SnapshotEnds>, dag::TaskError> {
+    let ends = cdc::snapshot_ends(&state, &topic_prefix).await.map_err(|error| dag::TaskError::from(&error))?;
+    Ok(ends.map(|it| it.ends.into_iter().map(|lane| (lane.topic, lane.partition, lane.end_offset)).collect()))
+}
+
+fn mail_start(loaded: &Loaded, data_dir: &DataDir, services: &Services, control: stage::Control<notify::Stats>) -> Start {
+    let (config, folder, state) = (mail_config(loaded), data_dir.join("mail"), services.addresses.state.clone());
+    Box::new(move || {
+        let outbox = notify::Outbox::new(&state, &config);
+        let (carrier, control) = (notify::Carrier::new(&config, &folder), control.clone());
+        Box::pin(async move { Ok(notify::run(outbox, carrier, control).await?) })
+    })
+}
+
+fn mail_config(loaded: &Loaded) -> notify::Config {
+    notify::Config { password: loaded.secrets.mail_password.clone(), ..loaded.config.mail.clone() }
 }

@@ -107,6 +107,7 @@ impl Room {
             StageName::Cdc => drop(self.wishes.cdc.send_replace(phase)),
             StageName::Lake => drop(self.wishes.lake.send_replace(phase)),
             StageName::Scheduler => drop(self.wishes.scheduler.send_replace(phase)),
+            StageName::Mail => return Reply::refused("letters wait by themselves while the server is away; there is nothing to pause"),
         }
         let done = match phase {
             Phase::Paused => format!("{stage} is asked to pause"),

@@ -221,7 +221,12 @@ impl Services {
             self.addresses.python = Some(venv.python().to_owned());
             if postgres_embedded {
                 let server = postgres::Server::start(
-                    postgres::Config { bin: venv.postgres_bin().to_owned(), dir: data_dir.join("postgres"), port: config.embedded.postgres_port, ..postgres::Config::default() },
+                    postgres::Config {
+                        bin: venv.postgres_bin().to_owned(),
+                        dir: data_dir.join("postgres"),
+                        port: config.embedded.postgres_port,
+                        ..postgres::Config::default()
+                    },
                     progress,
                 )
                 .await?;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::{bank, cdc, dag, embedded, lake, refresh, stage::Phase};
+use crate::{bank, cdc, dag, embedded, lake, notify, refresh, stage::Phase, warehouse::Cut};
 
 use super::{command::StageName, services::HealthOf, supervise::Health, verdict::Verdict, verdict::verdict};
 
@@ -42,6 +42,7 @@ pub struct Snapshot {
     pub lake: lake::Stats,
     pub dag: dag::Stats,
     pub refresh: refresh::Stats,
+    pub mail: notify::Stats,
     /// Throughput per topic, by its name in the lake.
     pub flow: BTreeMap<String, Flow>,
     /// Resident memory of this process in bytes, now and at its peak.
@@ -84,6 +85,11 @@ impl Snapshot {
         self.stages.get(&name)
     }
 
+    /// What the KPIs on show are as of.
+    pub fn cut(&self) -> Option<Cut> {
+        self.refresh.kpis.as_ref()?.reading.cut
+    }
+
     /// Messages a second over all topics.
     pub fn messages_per_second(&self) -> u64 {
         self.flow.values().map(|it| it.per_second).sum()
@@ -102,6 +108,7 @@ pub(super) struct Sources {
     pub lake: watch::Receiver<lake::Stats>,
     pub dag: watch::Receiver<dag::Stats>,
     pub refresh: watch::Receiver<refresh::Stats>,
+    pub mail: watch::Receiver<notify::Stats>,
     pub services: Vec<(&'static str, HealthOf)>,
 }
 
@@ -167,6 +174,7 @@ impl Sampler {
             lake,
             dag: sources.dag.borrow().clone(),
             refresh: sources.refresh.borrow().clone(),
+            mail: sources.mail.borrow().clone(),
             flow: self.flow.clone(),
             rss_bytes,
             rss_peak_bytes,
@@ -184,6 +192,7 @@ impl Sampler {
             (StageName::Cdc, seen(&mut sources.cdc)),
             (StageName::Lake, seen(&mut sources.lake)),
             (StageName::Scheduler, seen(&mut sources.dag)),
+            (StageName::Mail, seen(&mut sources.mail)),
         ];
         for (name, _) in changed.into_iter().filter(|(_, changed)| *changed) {
             self.reported_at.insert(name, now);

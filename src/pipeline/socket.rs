@@ -13,7 +13,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::{Commander, command::{Command, Reply}, services::Printed, snapshot::Snapshot};
+use super::{
+    Commander,
+    command::{Command, Reply},
+    services::Printed,
+    snapshot::Snapshot,
+};
 
 /// A request is a short line; anything longer is not ours.
 const REQUEST_BYTES_MAX: u64 = 64 * 1024;
@@ -25,11 +30,19 @@ enum Request {
     Watch,
     /// The addresses and credentials of the services in use.
     Services,
-    Do { what: Command },
+    Do {
+        what: Command,
+    },
 }
 
 /// Answers clients until `stop`; then the socket is gone.
-pub(super) async fn serve(path: &Path, commander: Commander, snapshots: watch::Receiver<Arc<Snapshot>>, printed: Printed, stop: CancellationToken) -> io::Result<()> {
+pub(super) async fn serve(
+    path: &Path,
+    commander: Commander,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    printed: Printed,
+    stop: CancellationToken,
+) -> io::Result<()> {
     // Only the owner of the data dir gets here, so a socket that lies there is a dead one's.
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path)?;

@@ -40,11 +40,22 @@ pub enum Health {
     Off,
     Working,
     /// The other side is away; tried again by itself.
-    Waiting { reason: String, since: DateTime<Utc> },
+    Waiting {
+        reason: String,
+        since: DateTime<Utc>,
+    },
     /// A person must act; looked at again from time to time all the same.
-    Held { reason: String, remedy: String, since: DateTime<Utc> },
+    Held {
+        reason: String,
+        remedy: String,
+        since: DateTime<Utc>,
+    },
     /// What it carries is wrong, or an invariant of ours broke; it stays stopped.
-    Failed { reason: String, remedy: Option<String>, since: DateTime<Utc> },
+    Failed {
+        reason: String,
+        remedy: Option<String>,
+        since: DateTime<Utc>,
+    },
     /// Done: it was asked to end, or has reached its goal.
     Ended,
 }

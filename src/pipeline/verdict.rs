@@ -65,7 +65,7 @@ fn stopped_stage(now: &Snapshot) -> Option<Verdict> {
 }
 
 fn wrong_books(now: &Snapshot) -> Option<Verdict> {
-    let report = now.refresh.reconcile.as_ref()?;
+    let report = &now.refresh.reconcile.as_ref()?.report;
     let wrong = report.checks.iter().find(|it| !it.ok)?;
     let detail = wrong.detail.as_deref().unwrap_or("no detail");
     failed(format!("books differ: {} · {detail}", wrong.name))
@@ -87,7 +87,11 @@ fn waiting_stage(now: &Snapshot) -> Option<Verdict> {
         _ => None,
     });
     let within = || {
-        let lake = now.lake.store_trouble.as_ref().map(|why| format!("S3 away: {why} · {} records wait in Kafka, none lost", grouped(now.lake.lag().unwrap_or_default())));
+        let lake = now
+            .lake
+            .store_trouble
+            .as_ref()
+            .map(|why| format!("S3 away: {why} · {} records wait in Kafka, none lost", grouped(now.lake.lag().unwrap_or_default())));
         let kafka = now.lake.kafka_trouble.as_ref().map(|why| format!("lake: Kafka away: {why}"));
         let bank = now.bank.waiting.as_ref().map(|why| format!("bank waits: {why}"));
         let dag = now.dag.away.as_ref().map(|why| format!("scheduler waits: {why}"));
@@ -128,7 +132,7 @@ fn late(now: &Snapshot) -> Option<Verdict> {
     if now.cdc.lag_bytes > WAL_LATE_BYTES {
         return late_because(format!("cdc is {} behind", crate::units::bytes_for_people(now.cdc.lag_bytes)));
     }
-    let cut = now.refresh.cut.as_ref()?;
+    let cut = now.cut()?;
     let money_moves = now.bank.phase == Phase::Running && now.bank.clock.is_some_and(|clock| clock > cut.committed_at) && now.messages_per_second() > 0;
     let age = (now.at - cut.committed_at).num_seconds();
     if money_moves && age > CUT_LATE_SECONDS {
@@ -138,7 +142,7 @@ fn late(now: &Snapshot) -> Option<Verdict> {
 }
 
 fn preparing(now: &Snapshot) -> Option<Verdict> {
-    if now.refresh.cut.is_some() || now.stages.get(&StageName::Scheduler).is_none_or(|it| it.health == Health::Off) {
+    if now.cut().is_some() || now.stages.get(&StageName::Scheduler).is_none_or(|it| it.health == Health::Off) {
         return None;
     }
     let flowing = grouped(now.messages_per_second());
@@ -147,10 +151,10 @@ fn preparing(now: &Snapshot) -> Option<Verdict> {
 
 fn all_well(now: &Snapshot) -> Verdict {
     let mut parts = vec!["All well".to_owned(), format!("{} msg/s", grouped(now.messages_per_second()))];
-    if let Some(cut) = &now.refresh.cut {
+    if let Some(cut) = now.cut() {
         parts.push(format!("KPIs as of {}, {} old", clock(cut.committed_at), ago(now.at, cut.committed_at)));
     }
-    if now.refresh.reconcile.as_ref().is_some_and(|it| it.ok) {
+    if now.refresh.reconcile.as_ref().is_some_and(|it| it.report.ok) {
         parts.push("books balance".to_owned());
     }
     Verdict { level: Level::Well, text: parts.join(" · ") }

@@ -36,6 +36,9 @@ pub const LOADING: &str = "MinIO_S3_to_Snowflake";
 /// Turns what was loaded into numbers.
 pub const TRANSFORMATION: &str = "DBT_Bank_Data_Transformation_Pipeline";
 
+/// Both, in the order in which one triggers the other.
+pub const DAG_IDS: [&str; 2] = [LOADING, TRANSFORMATION];
+
 /// The table a task loads, if it does.
 fn table_of(task_id: &str) -> Option<&str> {
     task_id.strip_prefix("load_").filter(|table| BANK_TABLES.contains(table) || *table == BOUNDARIES)

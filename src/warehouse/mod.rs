@@ -160,4 +160,3 @@ fn speaking(error: &sqlx::Error) -> Fault {
 pub(crate) fn sqlstate(error: &sqlx::Error) -> Option<String> {
     error.as_database_error()?.code().map(|code| code.into_owned())
 }
-
