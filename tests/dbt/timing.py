@@ -1,6 +1,6 @@
 """What a run of the five tasks costs, warm: on so many transactions of history, with 2,000 new ones, and with nothing new.
 
-    python timing.py --database postgres://…/an_empty_database --work-dir DIR [--sizes 10000,100000] [--rounds 5]
+python timing.py --database postgres://…/an_empty_database --work-dir DIR [--sizes 10000,100000] [--rounds 5]
 """
 
 import argparse
