@@ -259,7 +259,10 @@ async fn build(cache: &Path, name: &str, base: &Base, progress: &Progress) -> Re
         }
     };
     if !output.status.success() {
-        return Err(refused(cache, &output, |said| if is_network(&said) { Error::Network { said } } else { Error::Pip { said } }));
+        return Err(refused(cache, &output, |said| match network_trouble(&said) {
+            Some(said) => Error::Network { said },
+            None => Error::Pip { said },
+        }));
     }
     std::fs::write(half.0.join(COMPLETE), "").map_err(on_cache)?;
     std::fs::rename(&half.0, cache.join(name)).map_err(on_cache)?;
@@ -312,20 +315,21 @@ fn last_lines(stderr: &[u8], stdout: &[u8]) -> String {
     lines[lines.len().saturating_sub(5)..].join("; ").chars().take(1500).collect()
 }
 
-/// Whether pip failed because it could not reach its index; it says so in many ways (pure).
-fn is_network(said: &str) -> bool {
+/// What kept pip from its index, if that is why it failed; it says so in many ways, and at length (pure).
+fn network_trouble(said: &str) -> Option<String> {
     const SIGNS: [&str; 9] = [
         "Failed to establish a new connection",
-        "Name or service not known",
         "Temporary failure in name resolution",
+        "Name or service not known",
         "Network is unreachable",
-        "Max retries exceeded",
-        "timed out",
         "Connection refused",
         "ProxyError",
+        "timed out",
+        "Max retries exceeded",
         "(from versions: none)",
     ];
-    SIGNS.iter().any(|sign| said.contains(sign))
+    let place = SIGNS.iter().find_map(|sign| said.find(sign))?;
+    Some(said[place..].split(['\'', ';']).next()?.trim_matches(['(', ')']).chars().take(200).collect())
 }
 
 #[cfg(test)]
@@ -461,7 +465,9 @@ mod tests {
 
     #[test]
     fn pips_ways_to_say_no_network_are_understood() {
-        assert!(is_network("ERROR: No matching distribution found for agate==1.9.1 (from versions: none)"));
-        assert!(!is_network("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES"));
+        let long = "WARNING: Retrying after connection broken by 'NewConnectionError('<x>: Failed to establish a new connection: [Errno -3] Temporary failure in name resolution')': /simple/";
+        assert_eq!(network_trouble(long).unwrap(), "Failed to establish a new connection: [Errno -3] Temporary failure in name resolution");
+        assert_eq!(network_trouble("ERROR: No matching distribution found for agate==1.9.1 (from versions: none)").unwrap(), "from versions: none");
+        assert_eq!(network_trouble("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES"), None);
     }
 }
