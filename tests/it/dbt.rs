@@ -30,11 +30,11 @@ const RAW: &str = r#"
 "#;
 
 fn python() -> PathBuf {
-    std::env::var_os("LEDGERLINE_TEST_PYTHON").map(PathBuf::from).expect("LEDGERLINE_TEST_PYTHON names a python with dbt")
+    crate::house::python()
 }
 
 fn postgres() -> String {
-    std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned())
+    crate::house::postgres()
 }
 
 fn project() -> PathBuf {

@@ -67,11 +67,11 @@ update accounts set balance = 100.10 where id = 7;
 ";
 
 fn server() -> String {
-    std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned())
+    crate::house::postgres()
 }
 
 fn python() -> PathBuf {
-    std::env::var_os("LEDGERLINE_TEST_PYTHON").map(PathBuf::from).expect("LEDGERLINE_TEST_PYTHON names a python with dbt")
+    crate::house::python()
 }
 
 /// Everything between the bank and the mail box.

@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 fn server() -> String {
-    std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned())
+    crate::house::postgres()
 }
 
 /// A database of one test; gone with its slots when dropped.
