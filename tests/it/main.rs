@@ -10,6 +10,7 @@ mod embedded_postgres;
 mod kafka;
 mod lake;
 mod notify;
+mod pipeline;
 mod refresh;
 mod s3;
 mod warehouse;
