@@ -157,6 +157,7 @@ impl Writer {
         if self.lane == 0 && !schema::try_own_again(&mut connection).await? {
             return Err(Trouble::Away("the former session still holds the bank, or another generator does".to_owned()));
         }
+        schema::share_flushes(&mut connection).await;
         Ok(connection)
     }
 }

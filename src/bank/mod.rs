@@ -289,6 +289,7 @@ async fn own(url: &Secret, control: &Control<Stats, Wish>) -> Result<Option<PgCo
 /// The owner has read the bank and becomes a writer like the others.
 async fn hand_over(owner: &mut PgConnection) -> Result<(), sqlx::Error> {
     schema::try_write(owner).await?;
+    schema::share_flushes(owner).await;
     schema::let_writers_in(owner).await
 }
 
