@@ -45,10 +45,6 @@ pub(super) fn initdb(home: &Home, cluster: &Path, password_file: &Path) -> Resul
     let mut command = program(home, "initdb");
     // The builtin locale sorts and folds the same on every machine.
     command.args(["--username", super::cluster::SUPERUSER, "--auth=scram-sha-256", "--encoding=UTF8", "--no-instructions"]);
-    if cfg!(target_os = "linux") {
-        // One call instead of a thousand; the same promise.
-        command.arg("--sync-method=syncfs");
-    }
     command.args(["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]);
     command.arg("--pwfile").arg(password_file).arg("--pgdata").arg(cluster);
     let output = command.output().map_err(|source| Error::Binaries { bin: home.bin.clone(), source })?;
