@@ -83,7 +83,8 @@ pub(super) async fn published(connection: &mut PgConnection, publication: &str) 
 }
 
 pub(super) async fn create_publication(connection: &mut PgConnection, publication: &str, tables: &BTreeSet<TableId>) -> Result<(), Error> {
-    let tables: Vec<String> = tables.iter().map(full_name).collect();
+    // Heirs are tables of their own, chosen or not by their own names.
+    let tables: Vec<String> = tables.iter().map(|it| format!("only {}", full_name(it))).collect();
     let statement = format!("create publication {} for table {}", quoted(publication), tables.join(", "));
     sqlx::raw_sql(AssertSqlSafe(statement)).execute(connection).await.map_err(|source| Error::Sql { what: "create the publication", source })?;
     tracing::info!(publication, tables = tables.len(), "publication created");

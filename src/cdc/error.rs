@@ -67,6 +67,10 @@ pub enum Error {
         #[source]
         source: Poison,
     },
+    #[error("could not start the capture's thread")]
+    Thread(#[source] std::io::Error),
+    #[error("the capture's thread panicked")]
+    Panicked,
     #[error(transparent)]
     Stream(#[from] producer::Error),
     #[error(transparent)]
@@ -119,8 +123,8 @@ impl Diagnose for Error {
             Self::SlotBusy { .. } => operator("stop the other process, or name another cdc.slot here".to_owned()),
             Self::Progress { .. } => operator("repair the row in ledgerline.cdc_snapshot of the state database".to_owned()),
             Self::Row { .. } => operator("exclude the table in cdc.tables_exclude, and report the value as a bug".to_owned()),
-            Self::Ended => Fault::Transient,
-            Self::Decode { .. } => Fault::Bug,
+            Self::Ended | Self::Thread(_) => Fault::Transient,
+            Self::Decode { .. } | Self::Panicked => Fault::Bug,
             Self::Stream(error) => error.fault(),
             Self::Topics(error) => error.fault(),
         }

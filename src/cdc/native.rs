@@ -11,7 +11,11 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
-use tokio::{sync::watch, task::JoinHandle};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Config, SnapshotMode, catalog,
@@ -50,6 +54,9 @@ const STOP_MAX: Duration = Duration::from_secs(10);
 const POSITIONS_READ: i64 = 2000;
 
 /// Captures until stopped. Cancel-safe like a crash: what was not confirmed is read again.
+///
+/// It runs on a thread of its own: transport and decoder hand over a hundred thousand rows a second, and on one thread that
+/// costs no wake-ups (measured: half of the CPU went into switching between the runtime's threads).
 pub async fn run(
     source: Secret,
     state: Secret,
@@ -68,10 +75,32 @@ pub async fn run(
         streamed: false,
         stats: control.stats.borrow().clone(),
     };
+    let abandoned = CancellationToken::new();
+    let _abandon_when_dropped = abandoned.clone().drop_guard();
+    let (told, ended) = oneshot::channel();
+    let mut work = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Thread)?;
+        let result = runtime.block_on(async {
+            tokio::select! {
+                () = abandoned.cancelled() => Ok(()),
+                result = until_stopped(&mut capture, &mut control) => result,
+            }
+        });
+        // A question to the broker may still wait for its answer; nobody wants it any more.
+        runtime.shutdown_background();
+        result
+    };
+    // Nobody hears the end of a capture that was abandoned.
+    let spawned = std::thread::Builder::new().name("cdc".to_owned()).spawn(move || drop(told.send(work())));
+    spawned.map_err(Error::Thread)?;
+    ended.await.map_err(|_| Error::Panicked)?
+}
+
+async fn until_stopped(capture: &mut Capture, control: &mut Control<Stats>) -> Result<(), Error> {
     let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
     loop {
         let streamed_before = std::mem::take(&mut capture.streamed);
-        let error = match capture.session(&mut control).await {
+        let error = match capture.session(control).await {
             Ok(()) => return Ok(()),
             Err(error) => error,
         };
@@ -85,7 +114,7 @@ pub async fn run(
         let delay = backoff.delay();
         tracing::warn!(error = chain(&error), ?delay, "the capture was interrupted, trying again");
         capture.stats.reconnects += 1;
-        capture.tell(&control, Step::Connecting, Some(chain(&error)));
+        capture.tell(control, Step::Connecting, Some(chain(&error)));
         tokio::select! {
             () = control.stop.cancelled() => return Ok(()),
             () = tokio::time::sleep(delay) => {}
