@@ -242,7 +242,7 @@ impl Worker {
                 return false;
             }
             self.pause(true);
-        } else if self.full_since.is_none() || self.shared.budget.is_roomy() {
+        } else if !self.paused || self.shared.budget.is_roomy() {
             // Pausing drops what is prefetched, so it ends only once there is room for more than a run.
             self.full_since = None;
             self.pause(self.held);
