@@ -261,7 +261,7 @@ mod tests {
     fn numbers_are_written_for_people() {
         assert_eq!(grouped(1_234_567), "1,234,567");
         assert_eq!(grouped(999), "999");
-        assert_eq!(Money::from_cents(-500_000_05).grouped(), "-500,000.05");
+        assert_eq!(Money::from_cents(-50_000_005).grouped(), "-500,000.05");
         assert_eq!(bytes_for_people(61 * 1024), "61 KiB");
         assert_eq!(bytes_for_people(4_300_000), "4.1 MiB");
         assert_eq!(Span::from_secs(30 * 86_400).to_string(), "30d");

@@ -155,6 +155,11 @@ fn has_ended(snapshot: &Snapshot, name: StageName) -> bool {
 
 /// What a headless run must end with, if a stage cannot go on.
 fn failure_of(snapshot: &Snapshot) -> Option<Failure> {
+    // A lane that is stopped never lands what it owes; the other lanes of the stage go on.
+    if let Some(lane) = snapshot.lake.lanes.iter().find(|it| it.trouble.is_some()) {
+        let trouble = lane.trouble.as_deref().unwrap_or_default();
+        return Some(Failure::new(Exit::Away, format!("lake lane {}[{}] stopped: {trouble}", lane.topic, lane.partition)));
+    }
     let (name, stage) = snapshot.stages.iter().find(|(_, stage)| stage.health.verdict().is_some())?;
     let exit = match stage.health.verdict()? {
         supervise::Verdict::Away => Exit::Away,

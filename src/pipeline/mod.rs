@@ -231,7 +231,7 @@ impl Pipeline {
         tokio::spawn(obey(wishes.clone(), again, snapshots.clone(), asked, shutdown.clone()));
 
         let path = data_dir::socket_path(&loaded.data_dir());
-        let listening = socket::serve(&path, commander.clone(), snapshots.clone(), services.printed(), helpers.clone()).await;
+        let listening = socket::serve(&path, commander.clone(), snapshots.clone(), services.printed(), helpers.clone());
         let pipeline = Self { services, _data_dir: data_dir, stages, wishes, snapshots, commander, topics, drained, helpers, shutdown };
         if let Err(source) = listening {
             pipeline.stop().await;

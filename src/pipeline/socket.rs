@@ -36,7 +36,7 @@ enum Request {
 }
 
 /// Answers clients until `stop`; then the socket is gone.
-pub(super) async fn serve(
+pub(super) fn serve(
     path: &Path,
     commander: Commander,
     snapshots: watch::Receiver<Arc<Snapshot>>,

@@ -1,7 +1,5 @@
 //! dbt on a real PostgreSQL: the worker in good and bad days, and the project against a simulated bank.
 
-#![allow(clippy::unwrap_used, reason = "a panic in a test is the message")]
-
 use std::{
     path::{Path, PathBuf},
     process::Stdio,

@@ -1,6 +1,4 @@
 //! The embedded PostgreSQL server, killed and restarted for real.
-#![allow(clippy::unwrap_used, reason = "a panic in a test is its message")]
-
 use std::{
     net::TcpListener,
     os::unix::fs::PermissionsExt as _,

@@ -1,6 +1,4 @@
 //! The embedded broker, asked by librdkafka and by hand.
-#![allow(clippy::unwrap_used, reason = "in a test a panic is the message")]
-
 mod bad_days;
 mod by_librdkafka;
 mod crash;

@@ -1,5 +1,7 @@
 //! The integration tests: one binary, real services, every test with its own database, topic prefix and bucket prefix.
 
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the message, in its helpers as well")]
+
 mod house;
 
 mod bank;

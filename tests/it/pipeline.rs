@@ -120,7 +120,7 @@ async fn proof(bank: &Bank) {
     assert_eq!(facts, committed, "every committed transaction is a fact exactly once");
 
     let runs = "select count(*) from ledgerline.dag_run a join ledgerline.dag_run b on a.dag_id = b.dag_id and a.run_id < b.run_id
-                and a.started_at < b.finished_at and b.started_at < a.finished_at";
+                and a.start_date < b.end_date and b.start_date < a.end_date";
     assert_eq!(ids(addresses["state"].as_str().expect("an address"), runs).await, [0], "no two runs of one DAG at once");
     services.end();
 }

@@ -1,6 +1,4 @@
 //! The embedded S3 server, spoken to by the real client.
-#![allow(clippy::unwrap_used, reason = "a panic in a test is its message")]
-
 use std::{
     path::Path,
     process::{Command, Stdio},

@@ -357,7 +357,7 @@ async fn a_table_made_later_joins_while_it_is_empty_and_is_told_otherwise() {
     database.run("create table fees (id int primary key); create table loans (id int primary key); insert into loans values (1);").await;
 
     let capture = Capture::start(&database, broker.address(), config.clone());
-    let stats = capture.until("streaming", |it| it.step == Step::Streaming).await;
+    let stats = capture.until("streaming", |it| it.step == Step::Streaming && !it.uncaptured.is_empty()).await;
     assert_eq!(stats.uncaptured, ["public.loans"]);
     database.run("insert into fees values (1); insert into loans values (2);").await;
     capture.drain(&database).await;
@@ -458,16 +458,17 @@ async fn a_missing_table_a_missing_right_and_a_wrong_address_are_told() {
     refuses(&database, &broker, missing, "public.nothing").await;
 
     let role = format!("{}_reader", database.name);
-    database.run(&format!("create role {role} login; grant create on database {} to {role}; alter table payments owner to {role};", database.name)).await;
+    database.run(&format!("create role {role} login password 'reader'; grant create on database {} to {role}; alter table payments owner to {role};", database.name)).await;
     let mut url = url::Url::parse(database.url.reveal()).expect("an address");
     url.set_username(&role).expect("a name");
+    url.set_password(Some("reader")).expect("a password");
     let plain = Capture::start_as(&Secret::new(url.clone()), &database, broker.address(), config(&database, "bank"));
     let error = plain.ended().await.expect_err("no right to replicate");
     assert!(matches!(error.fault(), Fault::Operator(remedy) if remedy.contains("replication")), "{error}");
     database.run(&format!("reassign owned by {role} to current_user; drop owned by {role}; drop role {role};")).await;
 
+    let mut url = url::Url::parse(database.url.reveal()).expect("an address");
     url.set_path("/no_such_database");
-    url.set_username("postgres").expect("a name");
     let nowhere = Capture::start_as(&Secret::new(url), &database, broker.address(), config(&database, "bank"));
     assert!(matches!(nowhere.ended().await.expect_err("no database").fault(), Fault::Operator(_)));
 }
