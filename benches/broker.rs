@@ -38,9 +38,13 @@ fn main() {
     let wanted = [NewTopic::new(TOPIC, 1, TopicReplication::Fixed(1)).set("retention.bytes", "-1")];
     runtime.block_on(admin.create_topics(&wanted, &AdminOptions::new())).unwrap().remove(0).unwrap();
 
+    let cpu = cpu_seconds();
     let (produced, payload_bytes) = produce(&client, n_records);
+    let produce_cpu = cpu_seconds() - cpu;
     let log_bytes = log_bytes(&broker);
+    let cpu = cpu_seconds();
     let consumed = consume(&client, n_records);
+    let consume_cpu = cpu_seconds() - cpu;
     let mut acks = acknowledge(&runtime, &client);
     let plain = plain_file(dir.path(), log_bytes);
     runtime.block_on(broker.stop());
@@ -51,6 +55,12 @@ fn main() {
     println!("records              {n_records} of {} bytes, {log_bytes} bytes in the log", payload_bytes / n_records);
     println!("produce              {:>9.0} records/s  {:>6.0} MB/s of payload", per_second(produced), megabytes(payload_bytes, produced));
     println!("consume              {:>9.0} records/s  {:>6.0} MB/s of payload", per_second(consumed), megabytes(payload_bytes, consumed));
+    let per_million = |seconds: f64| seconds * 1e6 / n_records as f64;
+    println!(
+        "cpu s per million    produce {:.2}  consume {:.2}  (client and broker; moves less with load)",
+        per_million(produce_cpu),
+        per_million(consume_cpu)
+    );
     println!("ack of one record    p50 {:?}  p99 {:?}", acks[N_ACKS / 2], acks[N_ACKS * 99 / 100]);
     println!("plain write + fsync  {:>9.0} records/s  (the log's bytes, 1 MiB a write, one fdatasync)", per_second(plain));
     println!("produce : plain      {:.3}", plain.as_secs_f64() / produced.as_secs_f64());
@@ -110,6 +120,14 @@ fn acknowledge(runtime: &tokio::runtime::Runtime, client: &ClientConfig) -> Vec<
     (0..).take(N_ACKS).map(one).collect()
 }
 
+/// User and system time of this process so far.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    let ticks: f64 = fields[11..13].iter().map(|it| it.parse::<f64>().unwrap()).sum();
+    ticks / 100.0
+}
+
 fn plain_file(dir: &std::path::Path, bytes: u64) -> Duration {
     let chunk = vec![0xA5; 1 << 20];
     let started = Instant::now();
@@ -147,7 +165,7 @@ fn debezium(n: u64, into: &mut String) {
     into.clear();
     write!(
         into,
-        r#"{{"before":null,"after":{{"id":{n},"account_id":{account},"related_account_id":{other},"txn_type":"{kind}","direction":"DEBIT","amount":"{}.{:02}","balance_after":"{}.00","status":"COMPLETED","reference":"{x:016x}","description":"payment {x:016x}","created_at":"2026-11-22T10:00:00.{:06}Z","posted_at":"2026-11-22T10:00:00.{:06}Z"}},"source":{{"version":"ledgerline","connector":"postgresql","name":"bank","ts_ms":{at},"snapshot":null,"db":"bank","sequence":"[\"{lsn}\",\"{lsn}\"]","ts_us":{at}000,"ts_ns":{at}000000,"schema":"public","table":"transactions","txId":{},"lsn":{lsn},"xmin":null}},"transaction":{{"id":"{}:{lsn}","total_order":1,"data_collection_order":1}},"op":"c","ts_ms":{at},"ts_us":{at}123,"ts_ns":{at}123456}}"#,
+        r#"{{"before":null,"after":{{"id":{n},"account_id":{account},"related_account_id":{other},"txn_type":"{kind}","direction":"DEBIT","amount":"{}.{:02}","balance_after":"{}.00","status":"COMPLETED","reference":"{x:016x}","created_at":"2026-11-22T10:00:00.{:06}Z","posted_at":"2026-11-22T10:00:00.{:06}Z"}},"source":{{"version":"ledgerline","connector":"postgresql","name":"bank","ts_ms":{at},"snapshot":null,"db":"bank","sequence":"[\"{lsn}\",\"{lsn}\"]","ts_us":{at}000,"ts_ns":{at}000000,"schema":"public","table":"transactions","txId":{},"lsn":{lsn},"xmin":null}},"transaction":{{"id":"{}:{lsn}","total_order":1,"data_collection_order":1}},"op":"c","ts_ms":{at},"ts_us":{at}123,"ts_ns":{at}123456}}"#,
         cents / 100,
         cents % 100,
         x % 100_000,

@@ -54,7 +54,7 @@ pub async fn reach(pipeline: &Pipeline, ends: &Ends, interrupted: &CancellationT
 
 /// Writes the summary, stops everything and prints the result.
 pub async fn conclude(pipeline: Pipeline, outcome: Result<(), Failure>, has_goal: bool, summary: Option<&Path>) -> Result<Exit, Failure> {
-    let snapshot = pipeline.fresh_snapshot();
+    let snapshot = pipeline.fresh_snapshot().await;
     let mut written = Ok(());
     if let Some(path) = summary {
         let rows = bank::census(&pipeline.services().addresses.source).await.unwrap_or_default();

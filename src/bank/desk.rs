@@ -26,8 +26,11 @@ const QUEUE_MAX: usize = 2 * BATCH_MAX;
 /// Events planned in one go, so that the runtime's thread is not kept for long.
 const PLAN_MAX: u32 = 64;
 
-/// A batch should take no longer: so long a pause, a step or a new rate may have to wait.
-const BATCH_TIME: Duration = Duration::from_millis(40);
+/// A batch should take no longer.
+const BATCH_TIME: Duration = Duration::from_millis(25);
+
+/// Batches a writer has at once: one under way, one at hand, so that its session never waits for us. A pause waits for both.
+pub(super) const BATCHES_AT_ONCE: usize = 2;
 
 /// A bank that is changed from elsewhere is read again; if it refuses so often without a single payment between, it is not ours to use.
 const REFUSALS_MAX: u32 = 20;
@@ -49,8 +52,8 @@ pub(super) struct Desk {
 #[derive(Debug)]
 struct Lane {
     queue: VecDeque<Event>,
-    /// Since when a batch is under way.
-    busy_since: Option<Instant>,
+    /// Batches given and not reported yet.
+    batches: usize,
     batch_max: usize,
     waiting: Option<String>,
 }
@@ -62,7 +65,7 @@ impl Desk {
             Goal::Forever => None,
             Goal::Transactions(count) => Some(count),
         };
-        let lanes = (0..lanes).map(|_| Lane { queue: VecDeque::new(), busy_since: None, batch_max: BATCH_MAX / 8, waiting: None }).collect();
+        let lanes = (0..lanes).map(|_| Lane { queue: VecDeque::new(), batches: 0, batch_max: BATCH_MAX / 8, waiting: None }).collect();
         let (pace, steps_done) = (Pace::new(wish.rate, now), wish.steps);
         Self { stats, planner, pace, wish, lanes, left, steps_done, confused: false, refusals_in_a_row: 0 }
     }
@@ -86,7 +89,7 @@ impl Desk {
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.lanes.iter().all(|lane| lane.busy_since.is_none())
+        self.lanes.iter().all(|lane| lane.batches == 0)
     }
 
     /// Nothing is under way any more, and the bank has to be read again.
@@ -117,14 +120,16 @@ impl Desk {
 
     /// When there is something to do without any report; None: only a report or a wish brings it.
     pub(super) fn next_due(&self) -> Option<Instant> {
-        if self.confused || self.wish.phase == Phase::Paused || self.left == Some(0) || self.is_full() {
+        if self.confused || self.wish.phase == Phase::Paused || self.left == Some(0) || self.is_held_up() {
             return None;
         }
         Some(self.pace.next().unwrap_or_else(Instant::now))
     }
 
-    fn is_full(&self) -> bool {
-        self.lanes.iter().any(|lane| lane.queue.len() >= QUEUE_MAX)
+    /// One full queue holds all up, so that no branch runs ahead; and for a database that is away nothing is planned at all:
+    /// what was not paid meanwhile is not paid afterwards in one flood.
+    fn is_held_up(&self) -> bool {
+        self.lanes.iter().any(|lane| lane.queue.len() >= QUEUE_MAX || lane.waiting.is_some())
     }
 
     /// Plans what is due, and says which writer gets which batch.
@@ -139,14 +144,15 @@ impl Desk {
         } else {
             self.plan_what_is_due(now, real_time);
             for (place, lane) in self.lanes.iter_mut().enumerate() {
-                if lane.busy_since.is_none() && !lane.queue.is_empty() {
-                    let events = lane.queue.drain(..lane.queue.len().min(lane.batch_max)).collect();
-                    batches.push((place, events));
+                for _ in lane.batches..BATCHES_AT_ONCE {
+                    // What is there goes at once to a writer who has nothing to do; one who has gets a full batch or waits for more.
+                    let is_worth_it = if lane.batches == 0 { !lane.queue.is_empty() } else { lane.queue.len() >= lane.batch_max };
+                    if is_worth_it {
+                        batches.push((place, lane.queue.drain(..lane.queue.len().min(lane.batch_max)).collect()));
+                        lane.batches += 1;
+                    }
                 }
             }
-        }
-        for (lane, _) in &batches {
-            self.lanes[*lane].busy_since = Some(now);
         }
         self.tell(real_time);
         batches
@@ -156,7 +162,7 @@ impl Desk {
         let due = self.pace.due(now);
         let mut payments = 0;
         for _ in 0..PLAN_MAX {
-            if payments >= due || self.left == Some(0) || self.is_full() {
+            if payments >= due || self.left == Some(0) || self.is_held_up() {
                 break;
             }
             if self.plan(real_time, Wanted::Anything) {
@@ -192,27 +198,29 @@ impl Desk {
         let (place, lane) = self.lanes.iter_mut().enumerate().find(|(_, lane)| lane.queue.iter().any(|event| event.deed.is_payment()))?;
         let upto = lane.queue.iter().position(|event| event.deed.is_payment())?;
         self.steps_done += 1;
+        lane.batches += 1;
         Some((place, lane.queue.drain(..=upto).collect()))
     }
 
     /// Takes a writer's report. An error ends the stage.
-    pub(super) fn take(&mut self, report: Report, now: Instant) -> Result<(), super::Error> {
+    pub(super) fn take(&mut self, report: Report) -> Result<(), super::Error> {
         match report {
             Report::Waiting { lane, reason } => {
                 tracing::warn!(lane, reason, "bank waits for its database");
                 self.lanes[lane].waiting = Some(reason);
             }
-            Report::Done { lane, batch } => {
-                self.lanes[lane].finish(batch.len(), now);
+            Report::Done { lane, batch, took } => {
+                self.lanes[lane].finish(batch.len(), took);
                 batch.iter().for_each(|event| self.count(event));
             }
             Report::Refused { lane, batch, done, reason } => {
-                self.lanes[lane].finish(batch.len(), now);
+                self.lanes[lane].finish(batch.len(), Duration::ZERO);
                 batch[..done].iter().for_each(|event| self.count(event));
                 tracing::warn!(reason, "the database refused an event: the bank was changed from elsewhere and is read again");
                 self.stats.refused += 1;
                 self.stats.last_error = Some(reason);
-                self.refusals_in_a_row += 1;
+                // Several writers may meet the same confusion.
+                self.refusals_in_a_row += u32::from(!self.confused);
                 self.confused = true;
                 let not_posted = batch[done..].iter().filter(|event| event.deed.is_payment()).count();
                 self.left = self.left.map(|left| left + u64::try_from(not_posted).unwrap_or(0));
@@ -267,13 +275,13 @@ impl Desk {
 
 impl Lane {
     /// A batch has ended: the next one is sized so that it takes about [`BATCH_TIME`].
-    fn finish(&mut self, events: usize, now: Instant) {
-        let took = self.busy_since.take().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+    fn finish(&mut self, events: usize, took: Duration) {
+        self.batches -= 1;
         self.waiting = None;
         if took > BATCH_TIME {
             self.batch_max = (self.batch_max / 2).max(1);
-        } else if events == self.batch_max && took < BATCH_TIME / 2 {
-            self.batch_max = (self.batch_max + 4).min(BATCH_MAX);
+        } else if events == self.batch_max && took < BATCH_TIME * 2 / 3 {
+            self.batch_max = (self.batch_max + 1).min(BATCH_MAX);
         }
     }
 }

@@ -6,7 +6,10 @@
 use std::time::Duration;
 
 use sqlx::{Connection, PgConnection, types::Json};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{Error, event::Event, schema};
@@ -27,6 +30,7 @@ pub(super) enum Report {
     Done {
         lane: usize,
         batch: Vec<Event>,
+        took: Duration,
     },
     /// The database is away or busy.
     Waiting {
@@ -82,22 +86,22 @@ impl Writer {
     /// None: told to end while the database was away, or too slow to wait for.
     async fn carry_out(&mut self, batch: Vec<Event>, reports: &mpsc::Sender<Report>) -> Option<Report> {
         let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(3));
-        let mut again = false;
+        let (mut again, mut since) = (false, Instant::now());
         loop {
             match self.send(&batch, again).await? {
-                Ok(()) => return Some(Report::Done { lane: self.lane, batch }),
+                Ok(()) => return Some(Report::Done { lane: self.lane, batch, took: since.elapsed() }),
                 Err(Trouble::Failed(error)) => return Some(Report::Failed(error)),
                 // An id that exists may be our own work of a moment ago: only a second look tells.
                 Err(Trouble::Refused(_)) if !again => {}
                 Err(Trouble::Refused(reason)) => match self.carry_out_singly(&batch).await? {
-                    Ok(()) => return Some(Report::Done { lane: self.lane, batch }),
+                    Ok(()) => return Some(Report::Done { lane: self.lane, batch, took: since.elapsed() }),
                     Err((done, Trouble::Refused(_))) => return Some(Report::Refused { lane: self.lane, batch, done, reason }),
                     Err((_, Trouble::Failed(error))) => return Some(Report::Failed(error)),
                     Err((_, Trouble::Away(reason))) => self.wait(reason, &mut backoff, reports).await?,
                 },
                 Err(Trouble::Away(reason)) => self.wait(reason, &mut backoff, reports).await?,
             }
-            again = true;
+            (again, since) = (true, Instant::now());
         }
     }
 
@@ -153,6 +157,7 @@ impl Writer {
         if self.lane == 0 && !schema::try_own_again(&mut connection).await? {
             return Err(Trouble::Away("the former session still holds the bank, or another generator does".to_owned()));
         }
+        schema::share_flushes(&mut connection).await;
         Ok(connection)
     }
 }

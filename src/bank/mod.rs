@@ -8,6 +8,11 @@
 //!
 //! After a crash the bank is read back and continued. An event whose answer was lost is sent again; the database knows by the
 //! planned ids what it has done. So nothing happens twice, and nothing is skipped. Two generators never work on one bank.
+//!
+//! What the numbers mean. Each row of `transactions` has moved money, by exactly two ledger entries, and stays. A payment that is
+//! reversed becomes `REVERSED`; the payment that takes it back is an ordinary `COMPLETED` one in the other direction. So
+//! "transactions with status COMPLETED" are the payments that stand: of a reversed pair only the reversal counts. `PENDING` and
+//! `FAILED` are words of the schema that the generator does not use: money that has not moved has no entries to balance.
 
 mod book;
 mod clock;
@@ -255,7 +260,7 @@ pub async fn run(url: Secret, config: Config, goal: Goal, now: DateTime<Utc>, mu
         tokio::select! { biased;
             () = stop.cancelled() => break,
             wish = control.next_wish() => desk.obey(wish, Instant::now()),
-            report = staff.reports.recv() => desk.take(report.ok_or(Error::Writer)?, Instant::now())?,
+            report = staff.reports.recv() => desk.take(report.ok_or(Error::Writer)?)?,
             () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
         }
     }
@@ -284,6 +289,7 @@ async fn own(url: &Secret, control: &Control<Stats, Wish>) -> Result<Option<PgCo
 /// The owner has read the bank and becomes a writer like the others.
 async fn hand_over(owner: &mut PgConnection) -> Result<(), sqlx::Error> {
     schema::try_write(owner).await?;
+    schema::share_flushes(owner).await;
     schema::let_writers_in(owner).await
 }
 
@@ -315,13 +321,13 @@ struct Staff {
 
 impl Staff {
     fn hire(url: &Secret, owner: PgConnection, lanes: usize, control: &Control<Stats, Wish>) -> Self {
-        // A writer has one batch at a time and rarely more than one thing to say about it.
-        let (says, reports) = mpsc::channel(2 * lanes);
+        // A writer rarely has more to say than that its batches are done.
+        let (says, reports) = mpsc::channel(desk::BATCHES_AT_ONCE * lanes);
         let mut writers = JoinSet::new();
         let mut owner = Some(owner);
         let orders = (0..lanes)
             .map(|lane| {
-                let (order, orders) = mpsc::channel(1);
+                let (order, orders) = mpsc::channel(desk::BATCHES_AT_ONCE);
                 writers.spawn(Writer::new(url.clone(), lane, owner.take(), control.stop.clone()).run(orders, says.clone()));
                 order
             })
@@ -329,7 +335,7 @@ impl Staff {
         Self { orders, reports, writers }
     }
 
-    /// The desk gives work only to idle writers, so there is always room.
+    /// The desk gives a writer no more than its channel holds, so there is always room.
     fn give(&self, lane: usize, batch: Vec<Event>) -> Result<(), Error> {
         self.orders[lane].try_send(batch).map_err(|_| Error::Writer)
     }
@@ -339,7 +345,7 @@ impl Staff {
         self.orders.clear();
         let last_reports = async {
             while let Some(report) = self.reports.recv().await {
-                desk.take(report, Instant::now())?;
+                desk.take(report)?;
             }
             while self.writers.join_next().await.is_some() {}
             Ok(())

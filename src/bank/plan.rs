@@ -54,6 +54,8 @@ pub(super) struct Planner {
     highest: Highest,
     /// What follows from the event before. Holds a customer's first account and its opening payment at most.
     agenda: VecDeque<(usize, Todo)>,
+    /// Planned so far, by branch.
+    events: [u64; BRANCHES],
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -67,7 +69,14 @@ impl Planner {
     /// For an empty bank the seed alone decides; a bank that exists is continued from its ids, so that it does not repeat itself.
     pub(super) fn new(seed: u64, highest: Highest, clock: Clock) -> Self {
         let entropy = seed ^ highest.event.unsigned_abs().rotate_left(32) ^ highest.transaction.unsigned_abs().rotate_left(17);
-        Self { rng: ChaCha8Rng::seed_from_u64(entropy), clock, branches: vec![Branch::default(); BRANCHES], highest, agenda: VecDeque::new() }
+        Self {
+            rng: ChaCha8Rng::seed_from_u64(entropy),
+            clock,
+            branches: vec![Branch::default(); BRANCHES],
+            highest,
+            agenda: VecDeque::new(),
+            events: [0; BRANCHES],
+        }
     }
 
     /// Tells the planner of a customer that exists. Customers come in the order of their ids, before all accounts.
@@ -101,6 +110,7 @@ impl Planner {
         };
         let at = if deed.is_payment() { self.clock.advance(now, self.rng.random()) } else { self.clock.at() };
         self.highest.event += 1;
+        self.events[branch] += 1;
         Event { number: self.highest.event, branch, at, deed }
     }
 
@@ -114,18 +124,24 @@ impl Planner {
         if kind == Kind::OpenCustomer {
             return self.open_customer();
         }
-        let branch = self.rng.random_range(0..BRANCHES);
-        if let Some(deed) = self.try_kind(kind, branch) {
-            return (branch, deed);
-        }
-        // Nobody fits for that; a payment is possible nearly always, a new customer always.
-        for step in 0..BRANCHES {
-            let branch = (branch + step) % BRANCHES;
-            if let Some(deed) = self.pay(branch) {
-                return (branch, deed);
+        let branch = self.pick_branch();
+        // What few branches can offer is looked for in all of them. Then a payment, possible nearly always; a new customer is always.
+        let rare = matches!(kind, Kind::Reverse | Kind::DeleteAccount | Kind::DeleteCustomer);
+        for (kind, branches) in [(kind, if rare { BRANCHES } else { 1 }), (Kind::Pay, BRANCHES)] {
+            for step in 0..branches {
+                let branch = (branch + step) % BRANCHES;
+                if let Some(deed) = self.try_kind(kind, branch) {
+                    return (branch, deed);
+                }
             }
         }
         self.open_customer()
+    }
+
+    /// Of two at random the one where less has happened: so all stay even, and no writer runs dry while another is flooded.
+    fn pick_branch(&mut self) -> usize {
+        let (one, other) = (self.rng.random_range(0..BRANCHES), self.rng.random_range(0..BRANCHES));
+        if self.events[one] <= self.events[other] { one } else { other }
     }
 
     fn try_kind(&mut self, kind: Kind, branch: usize) -> Option<Deed> {

@@ -232,6 +232,15 @@ pub(super) async fn try_write(connection: &mut PgConnection) -> Result<bool, sql
     lock(connection, "select pg_try_advisory_lock_shared($1, $2)", LOCK_WRITERS).await
 }
 
+/// Lets commits of several writers share one flush of the WAL: as durable, and up to a third more a second where the disk is what
+/// limits. Only while others are busy too, so a slow bank waits for nobody. A user who may not set it does without.
+pub(super) async fn share_flushes(connection: &mut PgConnection) {
+    let set = "select set_config('commit_delay', '300', false), set_config('commit_siblings', '3', false)";
+    if let Err(error) = sqlx::query(set).execute(connection).await {
+        tracing::debug!(error = %error, "writer commits without a delay");
+    }
+}
+
 async fn lock(connection: &mut PgConnection, statement: &'static str, key: i32) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar(statement).bind(LOCK_CLASS).bind(key).fetch_one(connection).await
 }

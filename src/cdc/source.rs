@@ -18,7 +18,7 @@ const SETTINGS: [(&str, &str); 5] =
 /// How soon an acknowledged position reaches the slot.
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 /// Messages between the socket and the decoder.
-const BUFFERED_EVENTS: usize = 4096;
+const BUFFERED_EVENTS: usize = 1024;
 /// The largest row change we take: before and after in PostgreSQL's text. The stream's own limit is below that.
 const MESSAGE_BYTES_MAX: usize = 256 * 1024 * 1024;
 /// How long the server may take to answer a connection.

@@ -192,13 +192,7 @@ impl Stage {
     }
 
     fn publish(&self) {
-        let stats = self.engine.stats(Utc::now());
-        self.control.stats.send_if_modified(|shown| {
-            let changed = *shown != stats;
-            if changed {
-                *shown = stats;
-            }
-            changed
-        });
+        // Also when nothing has changed: each pulse says that the engine still turns.
+        self.control.stats.send_replace(self.engine.stats(Utc::now()));
     }
 }

@@ -26,8 +26,8 @@ use super::{
 /// The worker's program, written to the work dir at each start.
 const PROGRAM: &str = include_str!("worker.py");
 
-/// How long dbt may take to cancel its queries before it is killed.
-const CANCEL_MAX: Duration = Duration::from_secs(5);
+/// How long dbt may take to cancel its queries before it is killed. Milliseconds as a rule, seconds on a machine that is busy.
+const CANCEL_MAX: Duration = Duration::from_secs(10);
 
 /// How long the process may take to end once its stdin is closed. Longer than the worker gives dbt.
 const FAREWELL_MAX: Duration = Duration::from_secs(6);

@@ -93,7 +93,8 @@ class Project:
 
     def __init__(self, project_dir, work_dir):
         self.dir = project_dir
-        self.quiet = ["--no-version-check", "--quiet", "--no-use-colors", "--no-print", "--no-write-json", "--log-level-file", "none"]
+        # No log: whatever matters is in the events and the results, and writing lines that nobody reads is a tenth of an invocation.
+        self.quiet = ["--no-version-check", "--no-use-colors", "--no-print", "--no-write-json", "--log-level", "none", "--log-level-file", "none"]
         self.places = ["--project-dir", project_dir, "--profiles-dir", project_dir, "--target-path", work_dir, "--log-path", work_dir]
         self.manifest = None
         self.parsed_from = None

@@ -265,7 +265,10 @@ async fn build(cache: &Path, name: &str, base: &Base, progress: &Progress) -> Re
         }
     };
     if !output.status.success() {
-        return Err(refused(cache, &output, |said| if is_network(&said) { Error::Network { said } } else { Error::Pip { said } }));
+        return Err(refused(cache, &output, |said| match network_trouble(&said) {
+            Some(said) => Error::Network { said },
+            None => Error::Pip { said },
+        }));
     }
     std::fs::write(half.0.join(COMPLETE), "").map_err(on_cache)?;
     std::fs::rename(&half.0, cache.join(name)).map_err(on_cache)?;
@@ -318,20 +321,21 @@ fn last_lines(stderr: &[u8], stdout: &[u8]) -> String {
     lines[lines.len().saturating_sub(5)..].join("; ").chars().take(1500).collect()
 }
 
-/// Whether pip failed because it could not reach its index; it says so in many ways (pure).
-fn is_network(said: &str) -> bool {
+/// What kept pip from its index, if that is why it failed; it says so in many ways, and at length (pure).
+fn network_trouble(said: &str) -> Option<String> {
     const SIGNS: [&str; 9] = [
         "Failed to establish a new connection",
-        "Name or service not known",
         "Temporary failure in name resolution",
+        "Name or service not known",
         "Network is unreachable",
-        "Max retries exceeded",
-        "timed out",
         "Connection refused",
         "ProxyError",
+        "timed out",
+        "Max retries exceeded",
         "(from versions: none)",
     ];
-    SIGNS.iter().any(|sign| said.contains(sign))
+    let place = SIGNS.iter().find_map(|sign| said.find(sign))?;
+    Some(said[place..].split(['\'', ';']).next()?.trim_matches(['(', ')']).chars().take(200).collect())
 }
 
 #[cfg(test)]
@@ -374,21 +378,87 @@ mod tests {
         assert!(error.contains("python3.12 is 3.12 without venv") && remedy.contains("python3.12-venv"), "{error}; {remedy}");
     }
 
+    /// Plays an interpreter of 3.11 and "creates" environments whose interpreter does `inner`; each is noted in `made`.
+    fn maker(dir: &Path, inner: &str) {
+        fake_python(dir, "inner", inner);
+        let (inner, made) = (dir.join("inner"), dir.join("made"));
+        let venv = format!("mkdir -p \"$4/bin\"; cp {} \"$4/bin/python\"; echo \"$4\" >> {}", inner.display(), made.display());
+        fake_python(dir, "python3", &format!("case \"$3\" in venv) {venv};; *) echo 3.11;; esac"));
+    }
+
+    fn left_in_cache(dir: &Path) -> Vec<String> {
+        let mut names: Vec<String> = std::fs::read_dir(dir.join("cache")).unwrap().map(|it| it.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
     #[tokio::test]
     async fn a_pip_that_fails_is_quoted_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        // Plays the interpreter, and "creates" an environment whose interpreter fails at pip.
-        let inner = "echo 'ERROR: Failed to establish a new connection: [Errno 111]' >&2; exit 1";
-        let script = format!(
-            "case \"$3\" in venv) mkdir -p \"$4/bin\"; printf '#!/bin/sh\\n{}\\n' > \"$4/bin/python\"; chmod +x \"$4/bin/python\";; *) echo 3.11;; esac",
-            inner.replace('\'', "\"").replace('"', "\\\"")
-        );
-        fake_python(dir.path(), "python3", &script);
+        maker(dir.path(), "echo 'ERROR: Failed to establish a new connection: [Errno 111]' >&2; exit 1");
         let (error, remedy) = refusal(dir.path()).await;
         assert!(error.contains("package index") && error.contains("Failed to establish"), "{error}");
         assert!(remedy.contains("PIP_INDEX_URL"), "{remedy}");
-        let left: Vec<_> = std::fs::read_dir(dir.path().join("cache")).unwrap().map(|it| it.unwrap().file_name()).collect();
-        assert_eq!(left, ["venv.lock"]);
+        assert_eq!(left_in_cache(dir.path()), ["venv.lock"]);
+
+        maker(dir.path(), "echo 'ERROR: [Errno 28] No space left on device' >&2; exit 1");
+        let (error, _) = refusal(dir.path()).await;
+        assert!(error.contains("disk is full"), "{error}");
+
+        maker(dir.path(), "echo 'ERROR: THESE PACKAGES DO NOT MATCH THE HASHES' >&2; exit 1");
+        let (error, _) = refusal(dir.path()).await;
+        assert!(error.contains("DO NOT MATCH"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn two_starts_at_once_prepare_one_environment() {
+        let dir = tempfile::tempdir().unwrap();
+        maker(dir.path(), "exit 0");
+        let (cache, path) = (dir.path().join("cache"), dir.path().as_os_str());
+        let silent = Progress::silent();
+        let (one, other) = tokio::join!(Venv::ensure_in(&cache, path, &silent), Venv::ensure_in(&cache, path, &silent));
+        assert_eq!(one.unwrap(), other.unwrap());
+        assert_eq!(std::fs::read_to_string(dir.path().join("made")).unwrap().lines().count(), 1);
+        assert_eq!(left_in_cache(dir.path()), [name_of(LOCK, 11), "venv.lock".to_owned()]);
+    }
+
+    #[tokio::test]
+    async fn a_preparation_given_up_leaves_no_process_and_nothing_half() {
+        let dir = tempfile::tempdir().unwrap();
+        let pid_file = dir.path().join("pid");
+        maker(dir.path(), &format!("echo $$ > {0}.new; mv {0}.new {0}; exec sleep 1000", pid_file.display()));
+        let (cache, path) = (dir.path().join("cache"), dir.path().as_os_str());
+        let silent = Progress::silent();
+        let pid = tokio::select! {
+            done = Venv::ensure_in(&cache, path, &silent) => panic!("{done:?}"),
+            pid = async {
+                loop {
+                    match std::fs::read_to_string(&pid_file) {
+                        Ok(text) => break text,
+                        Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+                    }
+                }
+            } => pid,
+        };
+        let pid = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+        let gone = async {
+            // Killed at once, but its number stays until the runtime has waited for it.
+            while rustix::process::test_kill_process(pid).is_ok() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), gone).await.unwrap();
+        assert_eq!(left_in_cache(dir.path()), ["venv.lock"]);
+    }
+
+    #[tokio::test]
+    async fn a_cache_that_cannot_be_written_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        maker(dir.path(), "exit 0");
+        // A file where the directory should be stops every user, root too.
+        std::fs::write(dir.path().join("cache"), "").unwrap();
+        let (error, remedy) = refusal(dir.path()).await;
+        assert!(error.contains("cache directory") && remedy.contains("XDG_CACHE_HOME"), "{error}; {remedy}");
     }
 
     #[test]
@@ -401,7 +471,9 @@ mod tests {
 
     #[test]
     fn pips_ways_to_say_no_network_are_understood() {
-        assert!(is_network("ERROR: No matching distribution found for agate==1.9.1 (from versions: none)"));
-        assert!(!is_network("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES"));
+        let long = "WARNING: Retrying after connection broken by 'NewConnectionError('<x>: Failed to establish a new connection: [Errno -3] Temporary failure in name resolution')': /simple/";
+        assert_eq!(network_trouble(long).unwrap(), "Failed to establish a new connection: [Errno -3] Temporary failure in name resolution");
+        assert_eq!(network_trouble("ERROR: No matching distribution found for agate==1.9.1 (from versions: none)").unwrap(), "from versions: none");
+        assert_eq!(network_trouble("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES"), None);
     }
 }

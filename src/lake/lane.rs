@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use tokio::task::AbortHandle;
 
-use super::{batch::Sealed, error::Error, log::Stored};
+use super::{batch::Sealed, error::Error, log::Stored, ship::Object};
 use crate::stream::{Lane, consumer::Facts};
 
 /// A lane's life begins when it is assigned, or found at another place than we thought, and ends the same way.
@@ -16,8 +16,9 @@ pub(super) struct LaneState {
     pub(super) state: State,
     /// Sealed, in order, not yet on their way.
     pub(super) waiting: VecDeque<Sealed>,
-    /// Rows of the batch on its way, and Kafka's timestamp of the first of them. One at a time: commit records are chained.
-    pub(super) flying: Option<(usize, i64)>,
+    /// On their way, in order: objects may be put at the same time, commit records are chained one by one.
+    pub(super) underway: VecDeque<Underway>,
+    pub(super) batches: u64,
     /// SHA-256 of the newest commit record.
     pub(super) previous: Option<String>,
     pub(super) landed_offset: Option<i64>,
@@ -33,6 +34,24 @@ pub(super) enum State {
     /// Loudly.
     Stopped(Stopped),
 }
+
+/// A batch between being sealed and having landed.
+pub(super) struct Underway {
+    number: u64,
+    rows: usize,
+    /// Kafka's timestamp of its first record.
+    oldest: i64,
+    step: Step,
+}
+
+enum Step {
+    Preparing,
+    Prepared(Box<Object>),
+    Committing,
+}
+
+/// Objects of one lane that are encoded or put at once: enough to hide the store's answer time, few enough for the memory.
+const UNDERWAY_MAX: usize = 3;
 
 /// Why a lane cannot go on without a person.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,8 +69,60 @@ impl Stopped {
 impl LaneState {
     pub(super) fn new(table: String, life: u64, search: AbortHandle) -> Self {
         let (state, waiting) = (State::Searching(search), VecDeque::new());
-        Self { table, life, state, waiting, flying: None, previous: None, landed_offset: None, log: None }
+        Self { table, life, state, waiting, underway: VecDeque::new(), batches: 0, previous: None, landed_offset: None, log: None }
     }
+
+    /// The next batch to prepare, and its number, where there is one and one more may be under way.
+    pub(super) fn next_to_prepare(&mut self) -> Option<(u64, Sealed)> {
+        if self.underway.len() >= UNDERWAY_MAX {
+            return None;
+        }
+        let batch = self.waiting.pop_front()?;
+        self.batches += 1;
+        self.underway.push_back(Underway { number: self.batches, rows: batch.rows, oldest: oldest(&batch), step: Step::Preparing });
+        Some((self.batches, batch))
+    }
+
+    pub(super) fn prepared(&mut self, number: u64, object: Box<Object>) {
+        if let Some(underway) = self.underway.iter_mut().find(|it| it.number == number) {
+            underway.step = Step::Prepared(object);
+        }
+    }
+
+    /// The oldest batch under way, once it is prepared.
+    pub(super) fn next_to_commit(&mut self) -> Option<Box<Object>> {
+        let front = self.underway.front_mut()?;
+        match std::mem::replace(&mut front.step, Step::Committing) {
+            Step::Prepared(object) => Some(object),
+            other => {
+                front.step = other;
+                None
+            }
+        }
+    }
+
+    /// The oldest batch under way has landed.
+    pub(super) fn landed(&mut self, stored: Stored) {
+        self.underway.pop_front();
+        self.landed_offset = Some(stored.record.last_offset + 1);
+        self.previous = Some(stored.sha256);
+    }
+
+    /// Rows that are sealed and have not landed, batch by batch, with Kafka's timestamp of the first row of each.
+    pub(super) fn unlanded(&self) -> impl Iterator<Item = (usize, i64)> {
+        self.underway.iter().map(|it| (it.rows, it.oldest)).chain(self.waiting.iter().map(|it| (it.rows, oldest(it))))
+    }
+
+    pub(super) fn stop(&mut self, stopped: Stopped) {
+        self.waiting.clear();
+        self.underway.clear();
+        self.state = State::Stopped(stopped);
+    }
+}
+
+/// Kafka's timestamp of the first record.
+fn oldest(batch: &Sealed) -> i64 {
+    batch.runs.first().and_then(|it| it.timestamps_ms.first()).copied().unwrap_or_default()
 }
 
 /// What was found out about a lane's position.

@@ -47,7 +47,7 @@ use self::{
     batch::{Batches, Sealed},
     lane::{Found, LaneState, State, Stopped, in_log},
     letters::DeadLetters,
-    ship::{Flight, Landing, Ship, fly, now_ms},
+    ship::{Flight, Landing, News, Ship, now_ms},
 };
 use crate::{
     change::Topics,
@@ -90,9 +90,9 @@ impl Default for Config {
             bucket: "lake".to_owned(),
             region: "us-east-1".to_owned(),
             rows_max: NonZeroUsize::new(50_000).expect("not zero"),
-            bytes_max: Size(32 << 20),
+            bytes_max: Size(16 << 20),
             age_max: Span::from_secs(2),
-            memory_max: Size(96 << 20),
+            memory_max: Size(64 << 20),
             group: "ledgerline-lake".to_owned(),
         }
     }
@@ -134,7 +134,7 @@ pub async fn run(store: Store, bootstrap_servers: String, topics: Topics, config
         tokio::select! { biased;
             () = stop.cancelled() => break,
             wish = control.next_wish() => sink.consumer.hold(wish == Phase::Paused),
-            Some(flight) = sink.flights.join_next() => sink.landed(flight?)?,
+            Some(flight) = sink.flights.join_next() => sink.arrived(flight?)?,
             Some(search) = sink.searches.join_next() => if let Ok(search) = search { sink.found(search) },
             Some(answer) = sink.questions.join_next() => sink.heard(answer?),
             _ = tell.tick() => sink.tell(),
@@ -275,14 +275,12 @@ impl Sink {
         self.consumer.leave(lane);
         self.batches.forget(lane);
         if let Some(state) = self.lanes.get_mut(lane) {
-            state.waiting.clear();
-            state.flying = None;
-            state.state = State::Stopped(stopped);
+            state.stop(stopped);
         }
         self.tell();
     }
 
-    /// Sends sealed batches on their way, one per lane at a time.
+    /// Sends sealed batches on their way.
     fn launch(&mut self, sealed: Vec<Sealed>) {
         let mut ready = BTreeSet::new();
         for batch in sealed {
@@ -294,41 +292,46 @@ impl Sink {
         ready.iter().for_each(|it| self.launch_next(it));
     }
 
+    /// Starts whatever the lane may start: objects several at a time, commit records one by one.
     fn launch_next(&mut self, lane: &Lane) {
-        let Some(state) = self.lanes.get_mut(lane).filter(|it| it.flying.is_none()) else { return };
-        let Some(batch) = state.waiting.pop_front() else { return };
-        state.flying = Some((batch.rows, oldest(&batch)));
-        self.flights.spawn(fly(Arc::clone(&self.ship), batch, state.table.clone(), state.previous.clone(), state.life));
+        let Some(state) = self.lanes.get_mut(lane) else { return };
+        let life = state.life;
+        while let Some((number, batch)) = state.next_to_prepare() {
+            let (ship, lane, table) = (Arc::clone(&self.ship), lane.clone(), state.table.clone());
+            self.flights.spawn(async move { Flight { lane, life, news: News::Prepared(number, ship.prepare(batch, table).await) } });
+        }
+        if let Some(object) = state.next_to_commit() {
+            let (ship, lane, previous) = (Arc::clone(&self.ship), lane.clone(), state.previous.clone());
+            self.flights.spawn(async move { Flight { lane, life, news: News::Committed(ship.commit(object, previous).await) } });
+        }
     }
 
-    fn landed(&mut self, Flight { lane, life, landing }: Flight) -> Result<(), Error> {
-        if let Ok(Landing::Landed { stored, landing, dead_letters }) = &landing {
+    fn arrived(&mut self, Flight { lane, life, news }: Flight) -> Result<(), Error> {
+        if let News::Committed(Ok(Landing::Landed { stored, landing, dead_letters })) = &news {
             debug!(object = stored.record.data, rows = stored.record.rows, "landed");
             self.count(&lane, &stored.record, landing, *dead_letters);
         }
-        let current = self.lanes.get_mut(&lane).filter(|it| it.life == life);
-        match landing {
-            Ok(Landing::Landed { stored, .. }) => {
-                let next_offset = stored.record.last_offset + 1;
-                if let Some(state) = current {
-                    (state.previous, state.landed_offset, state.flying) = (Some(stored.sha256), Some(next_offset), None);
-                    self.consumer.commit(&lane, next_offset);
-                    self.launch_next(&lane);
-                    self.tell();
-                }
+        // What belongs to an earlier life of the lane has no say in this one.
+        let Some(state) = self.lanes.get_mut(&lane).filter(|it| it.life == life) else { return Ok(()) };
+        match news {
+            News::Prepared(number, Ok(object)) => {
+                state.prepared(number, object);
+                self.launch_next(&lane);
             }
-            Ok(Landing::Another) => {
+            News::Committed(Ok(Landing::Landed { stored, .. })) => {
+                self.consumer.commit(&lane, stored.record.last_offset + 1);
+                state.landed(*stored);
+                self.launch_next(&lane);
+                self.tell();
+            }
+            News::Committed(Ok(Landing::Another)) => {
                 warn!(%lane, "another writer was first; going on behind what it has landed");
                 self.ship.stats.send_modify(|it| it.races += 1);
-                if current.is_some() {
-                    self.search(lane);
-                }
+                self.search(lane);
             }
-            Err(error @ (Error::Encode(_) | Error::TaskEnded(_))) => return Err(error),
-            Err(error) => {
-                if current.is_some() {
-                    self.stop_lane(&lane, Stopped { why: chain(&error), remedy: remedy(&error) });
-                }
+            News::Prepared(_, Err(error @ (Error::Encode(_) | Error::TaskEnded(_)))) => return Err(error),
+            News::Prepared(_, Err(error)) | News::Committed(Err(error)) => {
+                self.stop_lane(&lane, Stopped { why: chain(&error), remedy: remedy(&error) });
             }
         }
         Ok(())
@@ -391,8 +394,7 @@ impl Sink {
         let mut lanes = Vec::with_capacity(self.lanes.len());
         let mut open: BTreeMap<&str, (u64, Option<i64>)> = BTreeMap::new();
         for (lane, state) in &self.lanes {
-            let waiting = state.waiting.iter().map(|it| (it.rows, oldest(it)));
-            for (rows, oldest) in state.flying.into_iter().chain(waiting).chain(self.batches.open(lane)) {
+            for (rows, oldest) in state.unlanded().chain(self.batches.open(lane)) {
                 let table = open.entry(&state.table).or_default();
                 table.0 += rows as u64;
                 table.1 = Some(table.1.map_or(oldest, |it| it.min(oldest)));
@@ -428,7 +430,7 @@ impl Sink {
         let landing = async {
             while let Some(flight) = self.flights.join_next().await {
                 // Lanes that would have to be found again are left to the next start.
-                self.landed(flight?)?;
+                self.arrived(flight?)?;
             }
             Ok::<_, Error>(())
         };
@@ -443,11 +445,6 @@ impl Sink {
         landed.unwrap_or(Ok(()))?;
         stopped.map_or(Ok(()), Err)
     }
-}
-
-/// Kafka's timestamp of the first record.
-fn oldest(batch: &Sealed) -> i64 {
-    batch.runs.first().and_then(|it| it.timestamps_ms.first()).copied().unwrap_or_default()
 }
 
 fn remedy(error: &Error) -> String {

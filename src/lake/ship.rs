@@ -1,9 +1,6 @@
 //! One batch on its way: encode, put the object, put its commit record. Tried until it is done; a batch is never given up.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use chrono::Utc;
@@ -47,18 +44,27 @@ const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(10);
 
 impl Ship {
-    /// Lands a batch behind the commit record whose hash is `previous`. An error is one that no repetition mends.
-    pub(super) async fn land(&self, batch: Sealed, table: &str, previous: Option<String>) -> Result<Landing, Error> {
-        let object = self.encode(batch, table).await?;
-        let Object { record, timestamps_ms, parquet, dead } = &object;
-        if !dead.is_empty() {
-            let lane = Lane { topic: record.topic.as_str().into(), partition: record.partition };
-            warn!(%lane, dead_letters = dead.len(), "records that are no text go to the dead-letter topic");
-            self.retried(|| self.letters.send(&lane, dead)).await?;
+    /// Encodes a batch and puts its object: all that may be done before the batches ahead of it have landed. An error is one
+    /// that no repetition mends.
+    pub(super) async fn prepare(&self, batch: Sealed, table: String) -> Result<Box<Object>, Error> {
+        let object = {
+            let _encoder = self.encoders.acquire().await.expect("the semaphore is never closed");
+            tokio::task::spawn_blocking(move || Object::new(batch, table)).await??
+        };
+        if !object.dead.is_empty() {
+            let lane = Lane { topic: object.record.topic.as_str().into(), partition: object.record.partition };
+            warn!(%lane, dead_letters = object.dead.len(), "records that are no text go to the dead-letter topic");
+            self.retried(|| self.letters.send(&lane, &object.dead)).await?;
         }
-        self.retried(|| self.store.put(&record.data, parquet.clone())).await?;
+        self.retried(|| self.store.put(&object.record.data, object.parquet.clone())).await?;
+        Ok(Box::new(Object { parquet: Bytes::new(), ..object }))
+    }
+
+    /// Makes the records of an object exist, behind the commit record whose hash is `previous`.
+    pub(super) async fn commit(&self, object: Box<Object>, previous: Option<String>) -> Result<Landing, Error> {
+        let Object { record, timestamps_ms, dead, .. } = *object;
         // Built once: whatever was written by a try whose answer was lost is recognised by its bytes.
-        let record = CommitRecord { previous, written_at: Utc::now(), ..record.clone() };
+        let record = CommitRecord { previous, written_at: Utc::now(), ..record };
         match self.retried(|| log::append(&self.store, &record)).await? {
             Appended::Another(_) => Ok(Landing::Another),
             Appended::Ours(stored) => {
@@ -67,12 +73,6 @@ impl Ship {
                 Ok(Landing::Landed { stored: Box::new(stored), landing, dead_letters: dead.len() as u64 })
             }
         }
-    }
-
-    async fn encode(&self, batch: Sealed, table: &str) -> Result<Object, Error> {
-        let _encoder = self.encoders.acquire().await.expect("the semaphore is never closed");
-        let table = table.to_owned();
-        tokio::task::spawn_blocking(move || Object::new(batch, table)).await?
     }
 
     /// Tries until it succeeds or until trying makes no sense. Says what it waits for, and when the wait is over.
@@ -109,8 +109,8 @@ impl Ship {
     }
 }
 
-/// A batch as it will lie in the bucket.
-struct Object {
+/// A batch as it lies in the bucket.
+pub(super) struct Object {
     /// Complete but for its place in the chain and the time it is written.
     record: CommitRecord,
     timestamps_ms: Vec<i64>,
@@ -150,16 +150,16 @@ pub(super) fn now_ms() -> i64 {
     i64::try_from(since_1970.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Everything a landing needs from its lane, and what it gives back to it.
+/// What a task of a lane gives back to it.
 pub(super) struct Flight {
     pub(super) lane: Lane,
     /// The lane's life to which this flight belongs: a lane that was lost and found again has a new one.
     pub(super) life: u64,
-    pub(super) landing: Result<Landing, Error>,
+    pub(super) news: News,
 }
 
-pub(super) async fn fly(ship: Arc<Ship>, batch: Sealed, table: String, previous: Option<String>, life: u64) -> Flight {
-    let lane = batch.lane.clone();
-    let landing = ship.land(batch, &table, previous).await;
-    Flight { lane, life, landing }
+pub(super) enum News {
+    /// The object of the batch with this number is put.
+    Prepared(u64, Result<Box<Object>, Error>),
+    Committed(Result<Landing, Error>),
 }

@@ -8,7 +8,7 @@ use tracing::info;
 use crate::{
     cdc,
     change::{BANK_TABLES, TableId},
-    dag::{RunState, RunStats},
+    dag::{Matter, RunState, RunStats},
     exit::{Exit, Failure},
     fault::{Diagnose, Fault, chain},
     refresh,
@@ -87,12 +87,12 @@ impl Pipeline {
         let over = self.finished(&run).await?;
         match over.iter().find(|it| it.state == RunState::Failed) {
             Some(failed) => Err(failed_run(failed)),
-            None => self.check_reconciled(),
+            None => self.check_reconciled().await,
         }
     }
 
-    fn check_reconciled(&self) -> Result<(), Failure> {
-        match &self.snapshots.borrow().refresh.reconcile {
+    async fn check_reconciled(&self) -> Result<(), Failure> {
+        match &self.fresh_snapshot().await.refresh.reconcile {
             Some(reconcile) if reconcile.report.ok => Ok(()),
             Some(_) => Err(Failure::new(Exit::Data, "reconciliation differs").with_remedy("`ledgerline reconcile` names table and keys")),
             None => Err(Failure::new(Exit::Bug, "the transformation ended without a reconciliation")),
@@ -180,7 +180,11 @@ fn failed_run(run: &RunStats) -> Failure {
         Some(task) => format!("{} {}: {}", run.dag_id, task.task_id, task.error.as_deref().unwrap_or("failed")),
         None => format!("{} failed", run.dag_id),
     };
-    let tests = failed.is_some_and(|it| it.task_id.starts_with("dbt_test") || it.task_id == "reconcile");
-    Failure::new(if tests { Exit::Data } else { Exit::Away }, text)
+    let exit = match failed.and_then(|it| it.fault) {
+        Some(Matter::Data) => Exit::Data,
+        Some(Matter::Bug) => Exit::Bug,
+        Some(Matter::Transient | Matter::Operator) | None => Exit::Away,
+    };
+    Failure::new(exit, text)
         .with_remedy(format!("`ledgerline dag show {} {}` has the whole story", run.dag_id, run.run_id))
 }

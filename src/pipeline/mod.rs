@@ -48,6 +48,9 @@ use supervise::{Delays, Health, supervise};
 /// Commands that wait to be carried out; whoever asks beyond that waits himself.
 const COMMANDS_MAX: usize = 32;
 
+/// Stats travel from a task to the sampler within this time; it is far longer than a wake-up takes.
+const FRESH_AFTER: chrono::TimeDelta = chrono::TimeDelta::milliseconds(50);
+
 /// How long a stage may take to end before it is cut off: everything it has acknowledged is durable anyway.
 const STAGE_END_MAX: Duration = Duration::from_secs(10);
 
@@ -249,9 +252,13 @@ impl Pipeline {
         &self.services
     }
 
-    /// What an operator would see if the next sample were now: the last one of an invocation must not be old.
-    pub fn fresh_snapshot(&self) -> Arc<Snapshot> {
-        Arc::clone(&self.snapshots.borrow())
+    /// A snapshot that was sampled after this was asked for: what has just happened is in it.
+    pub async fn fresh_snapshot(&self) -> Arc<Snapshot> {
+        let asked_at = Utc::now() + FRESH_AFTER;
+        let mut snapshots = self.snapshots.clone();
+        let fresh = snapshots.wait_for(|it| it.at > asked_at).await.map(|it| Arc::clone(&it));
+        // The sampler lives as long as the pipeline.
+        fresh.unwrap_or_else(|_| Arc::clone(&self.snapshots.borrow()))
     }
 
     /// Waits until a run is over, and those it triggered.

@@ -169,7 +169,8 @@ impl ProducerContext for Deliveries {
 
 /// The queue to the broker, with one owner.
 pub struct Producer {
-    inner: ThreadedProducer<Deliveries>,
+    /// None only while it is dropped.
+    inner: Option<ThreadedProducer<Deliveries>>,
     shared: Arc<Shared>,
 }
 
@@ -184,7 +185,7 @@ impl Producer {
     pub fn new(bootstrap_servers: &str) -> Result<Self, Error> {
         let shared = Arc::new(Shared::default());
         let inner = settings(bootstrap_servers).create_with_context(Deliveries(Arc::clone(&shared))).map_err(Error::Setup)?;
-        Ok(Self { inner, shared })
+        Ok(Self { inner: Some(inner), shared })
     }
 
     /// Puts a message into the queue, as part of an open batch. False: the queue is full, try again after [`Self::rung`].
@@ -199,13 +200,13 @@ impl Producer {
             record.headers = Some(headers);
         }
         receipt.add();
-        match self.inner.send(record) {
+        match self.inner().send(record) {
             Ok(()) => Ok(true),
             Err((error, _)) => {
                 receipt.settle_one();
                 match error.rdkafka_error_code() {
                     Some(RDKafkaErrorCode::QueueFull) => Ok(false),
-                    Some(RDKafkaErrorCode::Fatal) => Err(Error::Broken(self.inner.client().fatal_error().map(|it| it.1).unwrap_or_default())),
+                    Some(RDKafkaErrorCode::Fatal) => Err(Error::Broken(self.inner().client().fatal_error().map(|it| it.1).unwrap_or_default())),
                     _ => Err(Error::Refused { topic: outgoing.topic.to_owned(), source: error }),
                 }
             }
@@ -227,6 +228,10 @@ impl Producer {
         if receipt.settle_one() {
             self.shared.bell.notify_one();
         }
+    }
+
+    fn inner(&self) -> &ThreadedProducer<Deliveries> {
+        self.inner.as_ref().expect("the client is taken out only when the producer is dropped")
     }
 
     /// Something happened: a receipt became complete, or the producer broke. Cancel-safe; for one listener.
@@ -259,7 +264,7 @@ impl Producer {
 
     /// Messages that wait for the broker.
     pub fn n_waiting(&self) -> u64 {
-        u64::try_from(self.inner.in_flight_count()).unwrap_or(0)
+        u64::try_from(self.inner().in_flight_count()).unwrap_or(0)
     }
 
     /// Whether the broker could not be reached when we last heard of it.
@@ -270,9 +275,18 @@ impl Producer {
 
 impl Drop for Producer {
     fn drop(&mut self) {
-        // What still waits was never acknowledged and will be sent again; its receipts are of no interest any more.
-        self.inner.purge(PurgeConfig::default().queue().inflight());
+        if let Some(inner) = self.inner.take() {
+            // What still waits was never acknowledged and will be sent again; its receipts are of no interest any more.
+            inner.purge(PurgeConfig::default().queue().inflight());
+            drop_elsewhere(inner);
+        }
     }
+}
+
+/// Drops a client of librdkafka on a thread of its own: its goodbye may take half a second, too long for the runtime.
+pub(super) fn drop_elsewhere(client: impl Send + 'static) {
+    // Where no thread can be made the closure is dropped here, and the client with it: slower, not wrong.
+    drop(std::thread::Builder::new().name("kafka-goodbye".to_owned()).spawn(move || drop(client)));
 }
 
 fn settings(bootstrap_servers: &str) -> ClientConfig {

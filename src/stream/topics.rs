@@ -11,7 +11,10 @@ use rdkafka::{
     message::{Header, Headers},
 };
 
-use super::{Lane, producer::MESSAGE_BYTES_MAX};
+use super::{
+    Lane,
+    producer::{MESSAGE_BYTES_MAX, drop_elsewhere},
+};
 use crate::fault::{Diagnose, Fault};
 
 /// How long the broker may take for one answer.
@@ -69,13 +72,28 @@ impl Diagnose for Error {
 #[derive(Clone)]
 pub struct Topics {
     bootstrap_servers: Arc<str>,
-    consumer: Arc<BaseConsumer>,
+    consumer: Arc<Asking>,
+}
+
+/// A consumer that asks and never joins a group.
+struct Asking(Option<BaseConsumer>);
+
+impl Asking {
+    fn consumer(&self) -> &BaseConsumer {
+        self.0.as_ref().expect("the client is taken out only when it is dropped")
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        drop_elsewhere(self.0.take());
+    }
 }
 
 impl Topics {
     pub fn connect(bootstrap_servers: &str) -> Result<Self, Error> {
         let consumer = settings(bootstrap_servers).create().map_err(|source| Error::Ask { bootstrap_servers: bootstrap_servers.to_owned(), source })?;
-        Ok(Self { bootstrap_servers: bootstrap_servers.into(), consumer: Arc::new(consumer) })
+        Ok(Self { bootstrap_servers: bootstrap_servers.into(), consumer: Arc::new(Asking(Some(consumer))) })
     }
 
     /// Creates the missing ones; those that exist stay as they are.
@@ -185,7 +203,7 @@ impl Topics {
 
     async fn ask<T: Send + 'static>(&self, question: impl FnOnce(&BaseConsumer) -> Result<T, KafkaError> + Send + 'static) -> Result<T, Error> {
         let consumer = Arc::clone(&self.consumer);
-        let answer = tokio::task::spawn_blocking(move || question(&consumer)).await.map_err(Error::Task)?;
+        let answer = tokio::task::spawn_blocking(move || question(consumer.consumer())).await.map_err(Error::Task)?;
         answer.map_err(|source| self.failed(source))
     }
 

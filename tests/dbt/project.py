@@ -46,7 +46,11 @@ class Dbt:
         for line in self.worker.stdout:
             message = json.loads(line)
             if message["kind"] == "done":
-                wrong = [(node["name"], node["status"], node["message"], node.get("failing")) for node in message["nodes"] if node["status"] not in ("success", "pass")]
+                wrong = [
+                    (node["name"], node["status"], node["message"], node.get("failing"))
+                    for node in message["nodes"]
+                    if node["status"] not in ("success", "pass")
+                ]
                 if not message["ok"] and not wrong:
                     wrong = [("dbt", "error", message["error"])]
                 return wrong, time.monotonic() - began, message["nodes"]

@@ -8,12 +8,8 @@ from bank import TABLES
 KEYS = {"customers": "customer_id", "accounts": "account_id", "transactions": "transaction_id", "ledger_entries": "ledger_entry_id"}
 COLUMNS = {
     "customers": "first_name last_name email phone date_of_birth address status created_at updated_at".split(),
-    "accounts": (
-        "account_number customer_id account_type status currency balance interest_rate opened_at closed_at created_at updated_at".split()
-    ),
-    "transactions": (
-        "account_id related_account_id txn_type direction amount balance_after status reference description created_at posted_at".split()
-    ),
+    "accounts": ("account_number customer_id account_type status currency balance interest_rate opened_at closed_at created_at updated_at".split()),
+    "transactions": ("account_id related_account_id txn_type direction amount balance_after status reference description created_at posted_at".split()),
     "ledger_entries": "transaction_id account_id entry_type amount created_at".split(),
 }
 DIMENSIONS = ("customers", "accounts")
@@ -38,7 +34,7 @@ class Truth:
     def advance(self, cut, snapshot_micros):
         """`snapshot_micros`: the moment the warehouse gave the snapshot, never later than it was taken."""
         if self.snapshot and not self.snapshot_seen and cut >= self.snapshot[0]:
-            lsn, micros, tables = self.snapshot
+            _, micros, tables = self.snapshot
             assert snapshot_micros is None or snapshot_micros <= micros
             self.snapshot_seen, self.clock = True, micros if snapshot_micros is None else snapshot_micros
             for table, rows in tables.items():
@@ -80,7 +76,7 @@ def longest_prefix(cdc, landed):
 
 def as_on_the_wire(column):
     if column.endswith("_at"):
-        return f"to_char({column}, 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
+        return f'to_char({column}, \'YYYY-MM-DD"T"HH24:MI:SS.US"Z"\')'
     if column == "date_of_birth":
         return f"({column} - date '1970-01-01')"
     return f"{column}::text" if column in ("amount", "balance", "balance_after", "interest_rate") else column

@@ -40,7 +40,7 @@ struct House {
 
 impl House {
     async fn new(name: &str) -> Self {
-        let server = std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned());
+        let server = crate::house::postgres();
         let house = Self { server, name: format!("dag_{name}_{}", std::process::id()) };
         house.on_server(format!("drop database if exists {} with (force)", house.name)).await;
         house.on_server(format!("create database {}", house.name)).await;

@@ -13,9 +13,10 @@ use ledgerline::{
     fault::{Diagnose as _, Fault},
     secret::Secret,
 };
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection};
-use tokio::sync::mpsc;
+use tokio::{io::AsyncWriteExt as _, sync::mpsc};
 use tokio_util::sync::CancellationToken;
 
 /// Far beyond what anything here takes; a test that hangs says so.
@@ -29,11 +30,11 @@ const RAW: &str = r#"
 "#;
 
 fn python() -> PathBuf {
-    std::env::var_os("LEDGERLINE_TEST_PYTHON").map(PathBuf::from).expect("LEDGERLINE_TEST_PYTHON names a python with dbt")
+    crate::house::python()
 }
 
 fn postgres() -> String {
-    std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned())
+    crate::house::postgres()
 }
 
 fn project() -> PathBuf {
@@ -348,6 +349,18 @@ fn with_endless_model(project: &Path) {
     .unwrap();
 }
 
+fn pid(raw: u32) -> Pid {
+    Pid::from_raw(raw.cast_signed()).unwrap()
+}
+
+fn signal(process: u32, signal: Signal) {
+    rustix::process::kill_process(pid(process), signal).unwrap();
+}
+
+fn lives(process: u32) -> bool {
+    rustix::process::test_kill_process(pid(process)).is_ok()
+}
+
 async fn until_asleep(warehouse: &mut Warehouse, sleepers: i64) {
     // Polled, since pg_stat_activity tells nobody when it changes.
     let query =
@@ -384,12 +397,13 @@ async fn a_run_is_cancelled_with_its_queries_and_a_killed_worker_is_replaced() {
     let outcome = worker.invoke(endless().with_timeout(Duration::from_millis(800)), quiet(), CancellationToken::new()).await;
     assert!(matches!(outcome, Err(Error::TimedOut(_))), "{outcome:?}");
     until_asleep(&mut warehouse, 0).await;
+    assert!(invoke(&worker, staging()).await.unwrap().ok());
 
     // Killed: the run fails, its query sleeps on, and the next run ends it first.
-    let pid = worker.stats().borrow().pid.unwrap();
+    let (pid, starts) = (worker.stats().borrow().pid.unwrap(), worker.stats().borrow().starts);
     let (outcome, ()) = tokio::join!(invoke(&worker, endless()), async {
         until_asleep(&mut warehouse, 1).await;
-        rustix::process::kill_process(rustix::process::Pid::from_raw(pid.cast_signed()).unwrap(), rustix::process::Signal::KILL).unwrap();
+        signal(pid, Signal::KILL);
     });
     match outcome {
         Err(error @ Error::Died { .. }) => assert!(error.to_string().contains("signal: 9") && error.fault() == Fault::Transient, "{error}"),
@@ -397,7 +411,20 @@ async fn a_run_is_cancelled_with_its_queries_and_a_killed_worker_is_replaced() {
     }
     assert!(invoke(&worker, staging()).await.unwrap().ok());
     until_asleep(&mut warehouse, 0).await;
-    assert_eq!(worker.stats().borrow().starts, 2);
+    assert_eq!(worker.stats().borrow().starts, starts + 1);
+
+    // Deaf: it does not hear that it is cancelled, and is killed.
+    let pid = worker.stats().borrow().pid.unwrap();
+    let cancel = CancellationToken::new();
+    let (outcome, ()) = tokio::join!(worker.invoke(without_snapshot(endless()), quiet(), cancel.clone()), async {
+        until_asleep(&mut warehouse, 1).await;
+        signal(pid, Signal::STOP);
+        cancel.cancel();
+    });
+    assert!(matches!(outcome, Err(Error::Cancelled)), "{outcome:?}");
+    until_asleep(&mut warehouse, 0).await;
+    assert!(invoke(&worker, staging()).await.unwrap().ok());
+    assert_eq!(worker.stats().borrow().starts, starts + 2);
 
     // Stopped in the middle: nothing is left, neither process nor query.
     let pid = worker.stats().borrow().pid.unwrap();
@@ -407,9 +434,40 @@ async fn a_run_is_cancelled_with_its_queries_and_a_killed_worker_is_replaced() {
     });
     assert!(outcome.is_err(), "{outcome:?}");
     until_asleep(&mut warehouse, 0).await;
-    let gone = rustix::process::test_kill_process(rustix::process::Pid::from_raw(pid.cast_signed()).unwrap());
-    assert_eq!(gone, Err(rustix::io::Errno::SRCH));
+    assert!(!lives(pid));
     assert!(matches!(invoke(&worker, staging()).await, Err(Error::Stopped)));
+    warehouse.drop().await;
+}
+
+#[tokio::test]
+async fn the_worker_ends_with_its_queries_when_nobody_listens_any_more() {
+    let (mut warehouse, work_dir, project) = (Warehouse::create("orphan").await, tempfile::tempdir().unwrap(), copy_of_project());
+    with_endless_model(project.path());
+    let address = url::Url::parse(&warehouse.url).unwrap();
+    let mut orphan = tokio::process::Command::new(python())
+        .args(["-I", concat!(env!("CARGO_MANIFEST_DIR"), "/src/dbt/worker.py")])
+        .arg(project.path())
+        .arg(work_dir.path())
+        .env("LEDGERLINE_DBT_HOST", address.host_str().unwrap())
+        .env("LEDGERLINE_DBT_PORT", address.port().unwrap_or(5432).to_string())
+        .env("LEDGERLINE_DBT_USER", address.username())
+        .env("DBT_ENV_SECRET_LEDGERLINE_PASSWORD", address.password().unwrap_or_default())
+        .env("LEDGERLINE_DBT_DATABASE", &warehouse.name)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut stdin = orphan.stdin.take().unwrap();
+    let request = json!({"id": 1, "command": "run", "select": ["endless"], "vars": {"snapshot": "never"}});
+    stdin.write_all(format!("{request}\n").as_bytes()).await.unwrap();
+    until_asleep(&mut warehouse, 1).await;
+
+    drop(stdin);
+
+    tokio::time::timeout(PATIENCE, orphan.wait()).await.expect("it ends").unwrap();
+    until_asleep(&mut warehouse, 0).await;
     warehouse.drop().await;
 }
 

@@ -17,7 +17,7 @@ use aws_sdk_s3::{
 use ledgerline::{
     embedded::{
         Health,
-        s3::{Config, Error, Server},
+        s3::{Config, Error, Server, credentials},
     },
     secret::Secret,
     units::{Size, Span},
@@ -322,6 +322,18 @@ async fn only_the_given_credentials_open_it() {
     let location = client.get_bucket_location().bucket("lake").send().await.unwrap();
     assert_eq!(location.location_constraint().map_or("", |it| it.as_str()), "");
     server.stop().await;
+}
+
+#[test]
+fn credentials_are_made_once_and_only_ours_to_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("s3");
+    let (id, key) = credentials(&place).unwrap();
+    assert!(id.len() == 20 && key.reveal().len() == 40);
+    assert_eq!(credentials(&place).unwrap(), (id.clone(), key));
+    assert_ne!(credentials(&dir.path().join("other")).unwrap().0, id);
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(place.join("credentials")).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -216,11 +216,13 @@ impl Broker {
     }
 
     /// From now on retention keeps every record of this partition from `offset` on. Remembered across restarts, so that
-    /// nothing is lost before the reader has started again; a deleted topic's holds go with it.
+    /// nothing is lost before the reader has started again; a deleted topic's holds go with it. An administrator who
+    /// deletes records is obeyed all the same.
     pub fn hold_retention(&self, topic: &str, partition: i32, offset: i64) {
         self.holds.send_if_modified(|it| it.entry(topic.to_owned()).or_default().insert(partition, offset) != Some(offset));
     }
 
+    /// How the broker is. The channel closes when it has ended.
     pub fn health(&self) -> watch::Receiver<Health> {
         self.health.clone()
     }

@@ -50,6 +50,8 @@ pub(super) struct Offsets {
     flushed_bytes: u64,
     /// What a fresh file of all that lives would take, roughly: the size after the last rewriting.
     compact_bytes: u64,
+    /// A part of a line that could not be written is still at the end.
+    torn: bool,
     groups: BTreeMap<String, Positions>,
 }
 
@@ -74,7 +76,7 @@ impl Offsets {
         }
         log.seek(SeekFrom::Start(bytes))?;
         log.sync_data()?;
-        let mut offsets = Self { path, log, bytes, flushed_bytes: bytes, compact_bytes: 0, groups };
+        let mut offsets = Self { path, log, bytes, flushed_bytes: bytes, compact_bytes: 0, torn: false, groups };
         offsets.upkeep(now_ms)?;
         Ok(offsets)
     }
@@ -111,7 +113,11 @@ impl Offsets {
         for line in &lines {
             text.extend(encode(line)?);
         }
+        if self.torn {
+            self.cut()?;
+        }
         if let Err(error) = self.log.write_all(&text) {
+            self.torn = true;
             self.cut()?;
             return Err(error);
         }
@@ -136,6 +142,7 @@ impl Offsets {
     fn cut(&mut self) -> io::Result<()> {
         self.log.set_len(self.bytes)?;
         self.log.seek(SeekFrom::Start(self.bytes))?;
+        self.torn = false;
         Ok(())
     }
 
@@ -157,7 +164,7 @@ impl Offsets {
         replace(&self.path, &text)?;
         self.log = OpenOptions::new().read(true).write(true).open(&self.path)?;
         self.bytes = self.log.seek(SeekFrom::End(0))?;
-        (self.flushed_bytes, self.compact_bytes) = (self.bytes, self.bytes);
+        (self.flushed_bytes, self.compact_bytes, self.torn) = (self.bytes, self.bytes, false);
         Ok(())
     }
 }

@@ -77,6 +77,8 @@ pub(super) struct Partition {
     bytes_arrived: u64,
     /// A write or flush failed half-way; the files know better than we do and must be read again.
     broken: bool,
+    /// Appends since the last [`settle`](Partition::settle) are not durable and may be gone.
+    lost: bool,
     view: watch::Sender<View>,
 }
 
@@ -87,8 +89,18 @@ impl Partition {
         let dir: Arc<Path> = dir.into();
         let Recovered { sealed, active, producers, start } = recover(&dir, now_ms)?;
         let view = View { dir: Arc::clone(&dir), start, high_watermark: start, bytes_arrived: 0, sealed: [].into(), active: active.sealed() };
-        let mut partition =
-            Self { dir, sealed, flushed_bytes: active.bytes, active, producers, start, bytes_arrived: 0, broken: false, view: watch::channel(view).0 };
+        let mut partition = Self {
+            dir,
+            sealed,
+            flushed_bytes: active.bytes,
+            active,
+            producers,
+            start,
+            bytes_arrived: 0,
+            broken: false,
+            lost: false,
+            view: watch::channel(view).0,
+        };
         partition.publish();
         Ok(partition)
     }
@@ -117,25 +129,41 @@ impl Partition {
         let (head, body) = batch.placed_at(base_offset);
         let header = super::batch::Header { base_offset, ..batch.header };
         if let Err(Unwritten { error, torn }) = self.active.append(&header, &head, body) {
-            self.broken = torn;
+            if torn {
+                self.fail();
+            }
             return Err(error.into());
         }
         self.producers.note(&header, base_offset, now_ms);
         Ok(base_offset)
     }
 
-    pub(super) fn dirty(&self) -> bool {
+    fn dirty(&self) -> bool {
         !self.broken && self.active.bytes != self.flushed_bytes
     }
 
-    /// Makes all appends durable, then visible. After an error none of those since the last flush exist.
-    pub(super) fn flush(&mut self) -> io::Result<()> {
+    /// Ends a round: makes its appends durable, then visible. After an error none of them may be acknowledged, however
+    /// the round went on after what failed.
+    pub(super) fn settle(&mut self) -> io::Result<()> {
+        let flushed = self.flush();
+        let lost = std::mem::take(&mut self.lost);
+        flushed?;
+        if lost { Err(io::Error::other("records that were not flushed yet had to be given up")) } else { Ok(()) }
+    }
+
+    /// From now on only the files know what there is.
+    fn fail(&mut self) {
+        self.lost |= self.active.bytes != self.flushed_bytes;
+        self.broken = true;
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
         if !self.dirty() {
             return Ok(());
         }
         if let Err(error) = self.active.flush() {
             // After a failed fdatasync the kernel may call lost pages clean: asking again would be answered with a lie.
-            self.broken = true;
+            self.fail();
             if let Err(error) = self.active.cut(self.flushed_bytes) {
                 tracing::warn!(%error, dir = %self.dir.display(), "could not cut what was not flushed");
             }
@@ -297,7 +325,7 @@ fn recover(dir: &Path, now_ms: i64) -> io::Result<Recovered> {
         let next = bases.get(n + 1).copied().unwrap_or(last);
         let it = match Sealed::open(dir, *base_offset)? {
             Some(it) => it,
-            None => Segment::recover(dir, *base_offset, |_| {})?.seal()?,
+            None => reseal(dir, *base_offset)?,
         };
         if it.next_offset != next {
             let text = format!("{} ends at offset {}, the next segment begins at {next}", log_path(dir, *base_offset).display(), it.next_offset);
@@ -313,6 +341,19 @@ fn recover(dir: &Path, now_ms: i64) -> io::Result<Recovered> {
     segment::sync_dir(dir)?;
     let first = sealed.first().map_or(active.base_offset, |it| it.base_offset);
     Ok(Recovered { sealed: sealed.into(), start: start.clamp(first, active.next_offset), active, producers })
+}
+
+/// Makes a sealed segment's index anew. Sealed segments were flushed whole: one that is not whole any more is damaged,
+/// and is neither cut nor passed over.
+fn reseal(dir: &Path, base_offset: i64) -> io::Result<Sealed> {
+    let path = log_path(dir, base_offset);
+    let log = std::fs::File::open(&path)?;
+    let bytes = log.metadata()?.len();
+    let whole = segment::scan(&log, bytes, base_offset, |_| Ok(()))?;
+    if whole < bytes {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} is damaged at byte {whole}", path.display())));
+    }
+    Segment::recover(dir, base_offset, |_| {})?.seal()
 }
 
 /// Reads the producers out of all earlier segments: only where their snapshot is missing.

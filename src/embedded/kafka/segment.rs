@@ -151,6 +151,12 @@ impl Segment {
         self.log.set_len(bytes)
     }
 
+    /// From now on every write, flush and cut fails, as on a disk that is gone; the file keeps what it has.
+    #[cfg(test)]
+    pub(super) fn spoil(&mut self) {
+        self.log = OpenOptions::new().write(true).open("/dev/full").expect("every Linux has it");
+    }
+
     /// Closes the segment for good. The last index entry points at its end: the mark of an index that is complete.
     pub(super) fn seal(&mut self) -> io::Result<Sealed> {
         self.flush()?;

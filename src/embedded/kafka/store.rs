@@ -278,7 +278,7 @@ impl Store {
         let mut errors = Vec::new();
         for (name, topic) in &mut self.topics {
             for (n, partition) in (0..).zip(&mut topic.partitions) {
-                if let Err(error) = partition.flush() {
+                if let Err(error) = partition.settle() {
                     flushed.failed.insert((name.clone(), n));
                     errors.push(error);
                 }

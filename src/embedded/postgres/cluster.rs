@@ -53,22 +53,32 @@ pub(super) fn ensure(home: &Home, progress: &Progress) -> Result<(), Error> {
         return Err(Error::NotACluster { cluster: home.cluster.clone() });
     }
     progress.say("creating the PostgreSQL cluster (once, usually 1 to 3 s)");
-    // Built beside its place and renamed when complete: half a cluster is never found.
-    let half = home.cluster.with_extension("new");
-    if half.exists() {
-        fs::remove_dir_all(&half).map_err(on_cluster)?;
-    }
+    // Built beside its place and renamed when complete: half a cluster is never found. Under a name of its own, since the
+    // `initdb` of a start that was killed may still be writing.
+    sweep(home);
+    let half = home.cluster.with_extension(format!("new-{}", random_hex(4).map_err(on_cluster)?));
     fs::create_dir(&half).map_err(on_cluster)?;
     fs::set_permissions(&half, fs::Permissions::from_mode(0o700)).map_err(on_cluster)?;
     home.give(&half).map_err(on_cluster)?;
     let password = new_password(home)?;
     // Passwords in arguments are seen by every user of the machine; a file is not.
-    let file = home.cluster.with_extension("pw");
+    let file = half.with_extension("pw");
     let written = write_for(home, &file, password.reveal()).map_err(on_cluster).and_then(|()| process::initdb(home, &half, &file));
     fs::remove_file(&file).map_err(on_cluster)?;
     written?;
     append(&half.join("postgresql.conf"), "include 'ledgerline.conf'\n").map_err(on_cluster)?;
     fs::rename(&half, &home.cluster).and_then(|()| sync_parent(&home.cluster)).map_err(on_cluster)
+}
+
+/// Removes what starts that were killed left half made. What cannot be removed yet is somebody's for a moment longer.
+fn sweep(home: &Home) {
+    let beside = home.cluster.parent().and_then(|it| fs::read_dir(it).ok());
+    for path in beside.into_iter().flatten().flatten().map(|it| it.path()) {
+        let left = path.file_name().is_some_and(|it| it.to_string_lossy().starts_with("cluster.new-") || it == "cluster.pw");
+        if left {
+            let _ = fs::remove_dir_all(&path).or_else(|_| fs::remove_file(&path));
+        }
+    }
 }
 
 /// Writes the settings, which follow this program's version and the port.

@@ -33,12 +33,16 @@ const FAST_GRACE: Duration = Duration::from_secs(20);
 /// For what does without a checkpoint.
 const IMMEDIATE_GRACE: Duration = Duration::from_secs(5);
 const READY_EVERY: Duration = Duration::from_millis(20);
+/// Whoever else listens there may accept and say nothing.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const STILL_EVERY: Duration = Duration::from_secs(10);
 /// One that lived longer than this died of something new: it is started again at once.
 const LIVED: Duration = Duration::from_secs(30);
 const DISK_EVERY: Duration = Duration::from_secs(5);
 /// Below this PostgreSQL is about to refuse writes; somebody should know before.
 const DISK_BYTES_MIN: u64 = 64 << 20;
+/// For the children of a killed postmaster to notice.
+const MEMORY_GRACE: Duration = Duration::from_secs(10);
 /// Another program may take the port between our look and PostgreSQL's.
 const PORT_TRIES: usize = 3;
 
@@ -133,7 +137,7 @@ impl Server {
         let prepared = tokio::task::spawn_blocking(move || prepare_files(&prepare, &lines)).await;
         let Prepared { lock, home, mut port, password } = prepared.map_err(|_| Error::Panicked)??;
         progress.say("starting PostgreSQL (usually 1 s; longer after a crash)");
-        let mut tries = 1;
+        let (mut tries, began) = (1, Instant::now());
         let (cluster, postmaster) = loop {
             let cluster = Cluster { home: home.clone(), port, password: password.clone(), progress: progress.clone() };
             match cluster.launch().await {
@@ -141,6 +145,10 @@ impl Server {
                 Err(Error::Port { source, .. }) if config.port == 0 && tries < PORT_TRIES && source.kind() == io::ErrorKind::AddrInUse => {
                     tries += 1;
                     port = choose_port(&home, 0)?;
+                }
+                // Where the system does not tell who works in a directory, only the attempt shows that its memory is still held.
+                Err(Error::Failed { said, .. }) if said.contains("shared memory block") && began.elapsed() < MEMORY_GRACE => {
+                    tokio::time::sleep(READY_EVERY).await
                 }
                 Err(error) => return Err(error),
             }
@@ -255,7 +263,7 @@ impl Cluster {
             if timeout(READY_EVERY, postmaster.child.wait()).await.is_ok() {
                 return Err(process::verdict(&process::logged_since(&self.home, logged), &self.home, self.port));
             }
-            if let Ok(connection) = PgConnection::connect_with(&self.options("postgres")).await {
+            if let Ok(Ok(connection)) = timeout(CONNECT_TIMEOUT, PgConnection::connect_with(&self.options("postgres"))).await {
                 // It answered; how we part is no matter.
                 let _ = connection.close().await;
                 return Ok(postmaster);

@@ -88,8 +88,12 @@ impl Blobs {
                 if id >> COUNT_BITS >= self.session || index.refers_to(id)? {
                     continue;
                 }
-                std::fs::remove_file(&path).map_err(super::Error::Files)?;
-                removed += 1;
+                match std::fs::remove_file(&path) {
+                    Ok(()) => removed += 1,
+                    // Deleted by its object's last request meanwhile.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(super::Error::Files(error)),
+                }
             }
             if !self.is_current(&directory) {
                 // Refused by the system while a file is in it, which is all we need to know.

@@ -20,7 +20,8 @@ use tokio::task::JoinHandle;
 
 use super::{
     blob::Draft,
-    commit::{Base, Body},
+    change::Body,
+    commit::Base,
     convert::{full, on_disk},
 };
 

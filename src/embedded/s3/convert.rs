@@ -9,7 +9,8 @@ use s3s::{S3Error, S3Result, dto::*, s3_error};
 
 use super::{
     body::{ALGORITHMS, Received},
-    commit::{Base, Body, Condition, Refusal},
+    change::{Body, Condition, Refusal},
+    commit::Base,
     index::{Object as Stored, Place, Segment},
 };
 

@@ -11,6 +11,7 @@
 
 mod blob;
 mod body;
+mod change;
 mod commit;
 mod convert;
 mod index;
@@ -19,7 +20,14 @@ mod multipart;
 mod read;
 mod service;
 
-use std::{fs::File, io, path::PathBuf, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread::JoinHandle,
+    time::Duration,
+};
 
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
@@ -38,7 +46,8 @@ use url::Url;
 
 use self::{
     blob::Blobs,
-    commit::{Base, Change, Refusal},
+    change::{Change, Refusal},
+    commit::Base,
     index::{Broken, Index},
     service::Service,
 };
@@ -209,6 +218,25 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.cancel();
+    }
+}
+
+/// The credentials of the store in `dir`: generated at the first call, kept in a file only we may read. Blocks.
+pub fn credentials(dir: &Path) -> Result<(String, Secret), Error> {
+    let on_dir = |source| Error::Dir { dir: dir.to_owned(), source };
+    let file = dir.join("credentials");
+    match std::fs::read_to_string(&file) {
+        Ok(text) => {
+            let (id, key) = text.trim().split_once(':').ok_or_else(|| on_dir(io::Error::other("the file credentials is damaged")))?;
+            Ok((id.to_owned(), Secret::new(key)))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let (id, key) = (super::random_hex(10).map_err(on_dir)?.to_uppercase(), super::random_hex(20).map_err(on_dir)?);
+            std::fs::create_dir_all(dir).map_err(on_dir)?;
+            super::write_private(&file, &format!("{id}:{key}\n")).map_err(on_dir)?;
+            Ok((id, Secret::new(key)))
+        }
+        Err(error) => Err(on_dir(error)),
     }
 }
 

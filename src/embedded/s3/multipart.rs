@@ -4,7 +4,7 @@ use s3s::{S3Result, dto::*, s3_error};
 
 use super::{
     body::{self, Claims, Keep},
-    commit::{Body, Change},
+    change::{Body, Change},
     convert::{condition, full, give_checksums, length, now_ms, on_disk, timestamp},
     index::{Place, Segment, Upload},
     read,
@@ -149,7 +149,7 @@ pub(super) async fn copy(service: &Service, input: CopyObjectInput) -> S3Result<
             Body::Files(drafts)
         }
     };
-    let change = Change::Put { bucket: input.bucket, key: input.key, object: stored, body, condition: super::commit::Condition::None };
+    let change = Change::Put { bucket: input.bucket, key: input.key, object: stored, body, condition: super::change::Condition::None };
     let stored = service.change(change).await?.ok_or_else(|| s3_error!(InternalError))?;
     let result = CopyObjectResult { e_tag: Some(ETag::Strong(stored.etag)), last_modified: Some(timestamp(stored.modified_ms)), ..Default::default() };
     Ok(CopyObjectOutput { copy_object_result: Some(result), ..Default::default() })

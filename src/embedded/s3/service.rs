@@ -8,7 +8,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     body::{self, Keep},
-    commit::{Base, Change, Condition, Order, Refusal},
+    change::{Change, Condition, Outcome, Refusal},
+    commit::{Base, Order},
     convert::{KeyWriter, claims, condition, from_token, give_checksums, length, now_ms, object_of, refused, timestamp},
     index::{Broken, Found, Object as Stored},
     list::{self, Page, Question},
@@ -27,7 +28,7 @@ pub(super) struct Service {
 
 impl Service {
     /// Makes a change durable, or says why not.
-    pub(super) async fn order(&self, change: Change) -> Result<Option<Stored>, Refusal> {
+    pub(super) async fn order(&self, change: Change) -> Outcome {
         let (answer, answered) = oneshot::channel();
         let closed = || Refusal::Broken("the server is stopping".to_owned());
         self.orders.send(Order { change, answer }).await.map_err(|_| closed())?;

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -11,9 +12,11 @@ use std::{
 
 use ledgerline::{
     cdc::{self, Config, SnapshotMode, Stats, Step},
+    embedded::kafka,
     fault::{Diagnose as _, Fault},
     secret::Secret,
     stage::Phase,
+    stream::topics::Topics,
 };
 use serde_json::Value;
 use sqlx::{Connection as _, PgConnection};
@@ -141,12 +144,12 @@ async fn a_capture_killed_again_and_again_repeats_equal_bytes_and_loses_nothing(
     let capture = Capture::start(&database, broker.address(), config.clone());
     capture.until("streaming", |it| it.step == Step::Streaming).await;
     let writer = write_payments(database.url.clone(), 1);
-    let mut n_transactions = 300;
+    let mut n_transactions = 100;
     capture.until("transactions", |it| it.transactions > n_transactions).await;
     capture.kill().await;
     for _ in 0..4 {
         let capture = Capture::start(&database, broker.address(), config.clone());
-        n_transactions += 37;
+        n_transactions += 23;
         capture.until("transactions", |it| it.transactions > n_transactions).await;
         capture.kill().await;
     }
@@ -312,6 +315,34 @@ fn murmur2(bytes: &[u8]) -> i32 {
     }
     hash = (hash ^ hash >> 13).wrapping_mul(M);
     i32::from_ne_bytes((hash ^ hash >> 15).to_ne_bytes())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn topics_that_are_missing_are_made_and_the_snapshots_ends_are_those_of_every_lane() {
+    let database = Database::create("topics").await;
+    database.run(PAYMENTS).await;
+    database.run("insert into payments select id, 1.00, null from generate_series(1, 100) id;").await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let broker = kafka::Broker::start(kafka::Config { dir: dir.path().to_owned(), ..kafka::Config::default() }).await.expect("a broker");
+    let three = NonZeroU32::new(3).expect("not zero");
+    let capture = Capture::start_with(three, &database, broker.address(), config(&database, "bank"));
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    let ends = cdc::snapshot_ends(&database.url, "bank").await.expect("the state").expect("finished").ends;
+    assert_eq!(ends.iter().map(|it| it.partition).collect::<Vec<_>>(), [0, 1, 2]);
+    assert_eq!(ends.iter().map(|it| it.end_offset).sum::<i64>(), 100);
+
+    let mut partitions = Topics::connect(&broker.address()).expect("a client").partitions().await.expect("topics");
+    partitions.sort();
+    let names = ["__debezium-heartbeat.bank", "bank.dead_letters", "bank.message", "bank.public.payments", "bank.transaction"];
+    assert_eq!(partitions, names.map(|name| (name.to_owned(), if name.contains("payments") { 3 } else { 1 })));
+    capture.stop().await;
+
+    // The same again finds everything made.
+    let again = Capture::start_with(three, &database, broker.address(), config(&database, "bank"));
+    again.until("streaming", |it| it.step == Step::Streaming).await;
+    again.drain(&database).await;
+    again.stop().await;
+    broker.stop().await;
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    num::NonZeroU32,
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
@@ -28,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 fn server() -> String {
-    std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned())
+    crate::house::postgres()
 }
 
 /// A database of one test; gone with its slots when dropped.
@@ -203,12 +204,22 @@ impl Capture {
         Self::start_as(&database.url, database, bootstrap_servers, config)
     }
 
+    /// Into topics of that many partitions, where it has to make them.
+    pub(super) fn start_with(partitions: NonZeroU32, database: &Database, bootstrap_servers: String, config: Config) -> Self {
+        let stream = stream::Config { partitions, ..stream::Config::default() };
+        Self::spawn(&database.url, database, bootstrap_servers, stream, config)
+    }
+
     /// With another address of the source.
     pub(super) fn start_as(source: &Secret, database: &Database, bootstrap_servers: String, config: Config) -> Self {
+        Self::spawn(source, database, bootstrap_servers, stream::Config::default(), config)
+    }
+
+    fn spawn(source: &Secret, database: &Database, bootstrap_servers: String, stream: stream::Config, config: Config) -> Self {
         let (handle, control) = stage::control(Stats::default(), Phase::Running, &CancellationToken::new());
         let (source, state) = (source.clone(), database.url.clone());
         let task = tokio::spawn(async move {
-            let ended = cdc::run(source, state, bootstrap_servers, stream::Config::default(), config, control).await;
+            let ended = cdc::run(source, state, bootstrap_servers, stream, config, control).await;
             // A test that waits for something else shows why it waits in vain.
             ended.inspect_err(|error| eprintln!("the capture ended: {}", ledgerline::fault::chain(error)))
         });

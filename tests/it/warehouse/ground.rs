@@ -26,8 +26,7 @@ pub(super) const LANDED_MS: i64 = 1_795_386_400_000;
 
 /// Where databases are made.
 fn server() -> url::Url {
-    let address = std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned());
-    address.parse().expect("LEDGERLINE_TEST_POSTGRES is a URL")
+    crate::house::postgres().parse().expect("an address")
 }
 
 /// A database that is dropped at the end of a test that passes.

@@ -49,7 +49,7 @@ fn nothing_is_seen_before_it_is_flushed() {
     let mut partition = open(&dir);
     append(&mut partition, &sample::batch(3, b"x", 0, ANYBODY), &LIMITS);
     assert_eq!(end(&partition), 0);
-    partition.flush().unwrap();
+    partition.settle().unwrap();
     assert_eq!((end(&partition), bases(&partition, 0, 1_000)), (3, vec![0]));
 }
 
@@ -63,7 +63,7 @@ fn a_tail_torn_at_any_byte_costs_only_the_batch_it_was_in() {
         for batch in &batches {
             append(&mut partition, batch, &LIMITS);
         }
-        partition.flush().unwrap();
+        partition.settle().unwrap();
         drop(partition);
         let log = std::fs::OpenOptions::new().write(true).open(log_path(dir.path(), 0)).unwrap();
         log.set_len(segment::wide(cut)).unwrap();
@@ -74,7 +74,7 @@ fn a_tail_torn_at_any_byte_costs_only_the_batch_it_was_in() {
         // The producer tries all of them again: what is there is found, what is not goes in behind it.
         let offsets: Vec<i64> = batches.iter().map(|it| append(&mut partition, it, &LIMITS)).collect();
         assert_eq!(offsets, [0, 2, 4], "cut at {cut}");
-        partition.flush().unwrap();
+        partition.settle().unwrap();
         assert_eq!(bases(&partition, 0, 1_000), [0, 2, 4]);
     }
 }
@@ -102,7 +102,7 @@ proptest! {
             sequence += n_records;
             sent.push((batch, base));
         }
-        partition.flush().unwrap();
+        partition.settle().unwrap();
         let (active, total) = (partition.active.base_offset, partition.active.bytes);
         drop(partition);
 
@@ -140,7 +140,7 @@ proptest! {
             let base = append(&mut partition, &sample::batch(n_records, &vec![b'x'; size], n, ANYBODY), &limits);
             expected.extend((0..n_records).map(|_| base));
         }
-        partition.flush().unwrap();
+        partition.settle().unwrap();
         for (offset, base) in (0..).zip(&expected) {
             let mut wanted: Vec<i64> = expected.iter().copied().filter(|it| it >= base).collect();
             wanted.dedup();
@@ -158,7 +158,7 @@ fn lost_and_spoilt_helper_files_are_made_again() {
     for batch in &batches {
         append(&mut partition, batch, &limits);
     }
-    partition.flush().unwrap();
+    partition.settle().unwrap();
     drop(partition);
     for entry in std::fs::read_dir(dir.path()).unwrap() {
         let path = entry.unwrap().path();
@@ -184,7 +184,7 @@ fn an_index_that_points_astray_only_costs_time() {
     for n in 0..20 {
         append(&mut partition, &sample::batch(1, &[b'x'; 10_000], n, ANYBODY), &LIMITS);
     }
-    partition.flush().unwrap();
+    partition.settle().unwrap();
     let path = segment::index_path(dir.path(), 0);
     let mut index = std::fs::read(&path).unwrap();
     assert!(index.len() > 48, "there is an index to spoil");
@@ -204,7 +204,7 @@ fn old_segments_go_by_bytes_and_age_but_not_what_is_held() {
     for n in 0..20 {
         append(&mut partition, &sample::batch(1, &[b'x'; 100], n, ANYBODY), &limits);
     }
-    partition.flush().unwrap();
+    partition.settle().unwrap();
     assert_eq!(partition.retain(&limits, Some(0), 20).unwrap(), 0);
     partition.retain(&limits, Some(5), 20).unwrap();
     assert!((1..=5).contains(&partition.start()), "{}", partition.start());
@@ -247,4 +247,55 @@ fn a_hole_between_segments_is_not_papered_over() {
     std::fs::remove_file(log_path(dir.path(), bases.remove(1))).unwrap();
     let error = Partition::open(dir.path(), 0).err().unwrap();
     assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+}
+
+#[test]
+fn what_a_failed_flush_took_away_is_not_acknowledged_and_can_be_sent_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut partition = open(&dir);
+    let batches: Vec<Batch> = (0..3).map(|n| sample::batch(2, b"x", 0, (ME, 0, n * 2))).collect();
+    append(&mut partition, &batches[0], &LIMITS);
+    partition.settle().unwrap();
+    append(&mut partition, &batches[1], &LIMITS);
+    partition.active.spoil();
+    assert!(partition.settle().is_err());
+    assert_eq!(end(&partition), 2);
+
+    assert_eq!((append(&mut partition, &batches[1], &LIMITS), append(&mut partition, &batches[2], &LIMITS)), (2, 4));
+    partition.settle().unwrap();
+    assert_eq!(bases(&partition, 0, 1_000), [0, 2, 4]);
+}
+
+#[test]
+fn a_write_that_fails_in_the_middle_of_a_round_takes_the_acknowledgement_of_the_whole_round() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut partition = open(&dir);
+    let batches: Vec<Batch> = (0..3).map(|n| sample::batch(2, b"x", 0, (ME, 0, n * 2))).collect();
+    append(&mut partition, &batches[0], &LIMITS);
+    partition.active.spoil();
+    assert!(matches!(partition.append(&batches[1], &LIMITS, 0), Err(Refusal::Storage(_))));
+    // The log is read again and goes on, but nobody has flushed the first batch of this round.
+    append(&mut partition, &batches[1], &LIMITS);
+    assert!(partition.settle().is_err());
+    assert_eq!(batches.iter().map(|it| append(&mut partition, it, &LIMITS)).collect::<Vec<_>>(), [0, 2, 4]);
+    partition.settle().unwrap();
+    assert_eq!(bases(&partition, 0, 1_000), [0, 2, 4]);
+}
+
+#[test]
+fn a_sealed_segment_that_is_damaged_is_neither_cut_nor_passed_over() {
+    let limits = Limits { segment_bytes: 300, ..LIMITS };
+    let dir = tempfile::tempdir().unwrap();
+    let mut partition = open(&dir);
+    for n in 0..10 {
+        append(&mut partition, &sample::batch(1, &[b'x'; 100], n, ANYBODY), &limits);
+    }
+    drop(partition);
+    let path = log_path(dir.path(), 0);
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[80] ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    std::fs::remove_file(segment::index_path(dir.path(), 0)).unwrap();
+    assert_eq!(Partition::open(dir.path(), 0).err().unwrap().kind(), io::ErrorKind::InvalidData);
+    assert_eq!(std::fs::read(&path).unwrap(), bytes);
 }

@@ -1,0 +1,69 @@
+//! The services every test shares: one private PostgreSQL, started once per run on a free port, and the Python that has dbt.
+//!
+//! `LEDGERLINE_TEST_POSTGRES` names another server (a superuser on PostgreSQL 15 or newer with `wal_level = logical`).
+
+use std::{
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::{OnceLock, mpsc},
+};
+
+use ledgerline::embedded::{
+    Progress,
+    postgres::{Config, Server},
+    python::Venv,
+};
+
+struct House {
+    postgres: String,
+    python: PathBuf,
+    /// Ends the server when this process ends, in whatever way; a static is never dropped.
+    _caretaker: Option<Child>,
+}
+
+static HOUSE: OnceLock<House> = OnceLock::new();
+
+/// The address of a superuser's database, to make databases from.
+pub(crate) fn postgres() -> String {
+    house().postgres.clone()
+}
+
+/// An interpreter with dbt.
+pub(crate) fn python() -> PathBuf {
+    house().python.clone()
+}
+
+fn house() -> &'static House {
+    HOUSE.get_or_init(|| {
+        let (opened, waits) = mpsc::channel();
+        // Its own runtime: the server outlives the test that was first to ask for it.
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+            runtime.block_on(async {
+                let progress = Progress::to(|line| eprintln!("{line}"));
+                let venv = Venv::ensure(&progress).await.unwrap_or_else(|error| panic!("{}", ledgerline::fault::chain(&error)));
+                let python = venv.python().to_owned();
+                if let Ok(postgres) = std::env::var("LEDGERLINE_TEST_POSTGRES") {
+                    opened.send(House { postgres, python, _caretaker: None }).expect("somebody waits");
+                    return;
+                }
+                let dir = tempfile::Builder::new().prefix("ledgerline-tests-").tempdir().expect("a folder").keep();
+                let config = Config { bin: venv.postgres_bin().to_owned(), dir: dir.clone(), databases: Vec::new(), ..Config::default() };
+                let server = Server::start(config, &progress).await.unwrap_or_else(|error| panic!("{}", ledgerline::fault::chain(&error)));
+                let house = House { postgres: server.url("postgres").reveal().to_owned(), python, _caretaker: Some(caretaker(server.pid(), &dir)) };
+                opened.send(house).expect("somebody waits");
+                std::future::pending::<()>().await;
+            });
+        });
+        waits.recv().expect("the house opens")
+    })
+}
+
+/// Waits for the end of its standard input, which is the end of this process; then ends the server and sweeps its folder.
+fn caretaker(server: u32, dir: &std::path::Path) -> Child {
+    const WORK: &str = r#"read _; kill -INT "$1"; for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$1" 2>/dev/null || break; sleep 0.5; done; kill -KILL "$1" 2>/dev/null; rm -rf "$2""#;
+    let mut command = Command::new("sh");
+    command.args(["-c", WORK, "sh", &server.to_string()]).arg(dir);
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a shell")
+}
