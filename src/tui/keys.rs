@@ -180,7 +180,7 @@ const BINDINGS: &[Binding] = &[
     bind(In::Only(Pane::Log), &[Key::letter('+'), Key::letter('=')], "+", Action::Louder, "show more levels"),
     bind(In::Only(Pane::Log), &[Key::letter('-')], "-", Action::Quieter, "show fewer levels"),
     quiet(In::Only(Pane::Log), &[Key::letter('f')], "f", Action::Last, "follow the newest line"),
-    bind(In::All, &[Key::letter('p')], "p", Action::TogglePause, "pause or resume the bank (on the screens of stream, lake and DAGs: that stage)"),
+    bind(In::All, &[Key::letter('p')], "p", Action::TogglePause, "pause or resume the bank; on screens 1 to 3 that stage"),
     quiet(In::All, &[Key::letter('s')], "s", Action::Step, "one payment while the bank is paused"),
     bind(In::All, &[Key::letter('+'), Key::letter('=')], "+", Action::Faster, "a tenth more payments a second"),
     bind(In::All, &[Key::letter('-')], "-", Action::Slower, "a tenth fewer payments a second"),

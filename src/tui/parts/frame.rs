@@ -24,12 +24,21 @@ pub(crate) fn lines(frame: &mut Frame, area: Rect, lines: Vec<Line<'_>>) {
 
 /// A box in the middle, as large as its lines, with everything behind it wiped.
 pub(crate) fn popup(frame: &mut Frame, title: &str, lines: Vec<Line<'_>>, style: Style) {
+    popup_in(frame, frame.area(), Flex::Center, title, lines, style);
+}
+
+/// The same at the lower left, above the last line.
+pub(crate) fn popup_above_footer(frame: &mut Frame, title: &str, lines: Vec<Line<'_>>, style: Style) {
     let whole = frame.area();
+    popup_in(frame, Rect { height: whole.height.saturating_sub(1), ..whole }, Flex::End, title, lines, style);
+}
+
+fn popup_in(frame: &mut Frame, whole: Rect, down: Flex, title: &str, lines: Vec<Line<'_>>, style: Style) {
     let widest = lines.iter().map(Line::width).chain([title.chars().count() + 2]).max().unwrap_or_default();
     let width = u16::try_from(widest + 4).unwrap_or(u16::MAX).min(whole.width);
     let height = u16::try_from(lines.len() + 2).unwrap_or(u16::MAX).min(whole.height);
-    let [row] = Layout::vertical([Constraint::Length(height)]).flex(Flex::Center).areas(whole);
-    let [area] = Layout::horizontal([Constraint::Length(width)]).flex(Flex::Center).areas(row);
+    let [row] = Layout::vertical([Constraint::Length(height)]).flex(down).areas(whole);
+    let [area] = Layout::horizontal([Constraint::Length(width)]).flex(if down == Flex::End { Flex::Start } else { down }).areas(row);
     frame.render_widget(Clear, area);
     let block =
         Block::bordered().border_type(BorderType::Thick).border_style(style).title(format!(" {title} ")).padding(ratatui::widgets::Padding::horizontal(1));

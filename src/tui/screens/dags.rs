@@ -54,7 +54,7 @@ fn instead(scene: Scene) -> Option<Vec<Line>> {
     let stats = &scene.now.dag;
     match (&stats.away, stats.dags.is_empty()) {
         (Some(why), true) => Some(vec![Line::from(vec![Span::raw(" "), scene.mark(State::Late, &format!("the state database is away: {why}"))])]),
-        (None, true) => Some(vec![Line::from(scene.dim(" No DAG yet. They appear once the scheduler has its database."))]),
+        (None, true) => Some(vec![Line::from(scene.dim(" No DAG yet. They come with the scheduler's database."))]),
         _ => None,
     }
 }
@@ -150,7 +150,7 @@ impl Grid {
     fn new(width: usize, dags: &[DagStats]) -> Self {
         let longest = dags.iter().flat_map(|it| &it.tasks).map(|it| it.0.len()).max().unwrap_or_default();
         let name = longest.min(width.saturating_sub(SECONDS + 12));
-        Self { width, name, runs: width.saturating_sub(name + SECONDS + 5).min(crate::dag::RUNS_SHOWN) }
+        Self { width, name, runs: width.saturating_sub(name + SECONDS + 6).min(crate::dag::RUNS_SHOWN) }
     }
 
     /// One task through the newest runs; `chosen` is the run whose cell is marked.
@@ -182,7 +182,7 @@ pub(super) fn screen(frame: &mut Frame, area: Rect, scene: Scene) {
         (grid, run)
     } else {
         let rows = u16::try_from(scene.now.dag.dags.iter().map(|it| it.tasks.len() + 1).sum::<usize>()).unwrap_or(u16::MAX);
-        let [grid, run] = Layout::vertical([Constraint::Max(rows), Constraint::Min(6)]).areas(inside);
+        let [grid, run] = Layout::vertical([Constraint::Max(rows), Constraint::Min(4)]).areas(inside);
         (grid, run)
     };
     draw_grid(frame, grid, scene);

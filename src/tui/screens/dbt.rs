@@ -25,7 +25,7 @@ pub(super) fn pane(frame: &mut Frame, area: Rect, scene: Scene) {
     let (width, height) = (usize::from(inside.width), usize::from(inside.height));
     let mut nodes = rows::nodes(scene.now, "");
     if nodes.is_empty() {
-        return frame::lines(frame, inside, vec![Line::from(scene.dim(nothing_yet()))]);
+        return super::teach(frame, inside, scene, nothing_yet());
     }
     // Failed, running, warned, then the slowest. Ties keep the lineage.
     let slow = |it: &NodeStats| std::cmp::Reverse(it.seconds.map_or(0, milliseconds));
@@ -40,7 +40,7 @@ fn milliseconds(seconds: f64) -> u128 {
 }
 
 fn nothing_yet() -> &'static str {
-    " No dbt run yet. It follows the first load; t starts it now."
+    "No dbt run yet. It follows the first load; t starts it now."
 }
 
 fn urgency(node: &NodeStats) -> u8 {
@@ -92,8 +92,8 @@ pub(super) fn screen(frame: &mut Frame, area: Rect, scene: Scene) {
     let (width, height) = (usize::from(inside.width), usize::from(inside.height));
     let nodes = rows::nodes(scene.now, scene.filter(Pane::Dbt));
     if nodes.is_empty() {
-        let why = if scene.filter(Pane::Dbt).is_empty() { nothing_yet() } else { " No node holds this text. Esc shows all." };
-        return frame::lines(frame, inside, vec![Line::from(scene.dim(why))]);
+        let why = if scene.filter(Pane::Dbt).is_empty() { nothing_yet() } else { "No node holds this text. Esc shows all." };
+        return super::teach(frame, inside, scene, why);
     }
     let selected = scene.app.selected(Pane::Dbt).min(nodes.len() - 1);
     let message = nodes[selected].message.as_deref().filter(|_| nodes[selected].status.is_some_and(|it| !it.is_good()));

@@ -27,18 +27,29 @@ pub(super) fn line(scene: Scene, width: u16) -> Line<'static> {
         let state = if message.ok { State::Ok } else { State::Late };
         return Line::styled(row::clip(&format!(" {} {}", state.glyph(), message.text), width), scene.theme.state(state));
     }
-    let mut spans = vec![Span::raw(" ")];
-    let mut used = 1;
-    for (key, words) in hints(scene) {
-        let wide = row::width_of(&key) + 1 + row::width_of(&words) + 2;
-        if used + wide > width + 2 {
+    Line::from(
+        std::iter::once(Span::raw(" "))
+            .chain(fitting(scene, width).into_iter().flat_map(|(key, words)| [scene.strong(key), Span::raw(format!(" {words}  "))]))
+            .collect::<Vec<_>>(),
+    )
+}
+
+/// The hints that have room, in the order of the table. The way out comes first when room is given away.
+fn fitting(scene: Scene, width: usize) -> Vec<(String, String)> {
+    let hints = hints(scene);
+    let is_way_out = |it: &Action| matches!(it, Action::Quit | Action::Back | Action::Dismiss | Action::No);
+    let mut room = width;
+    let mut taken = vec![false; hints.len()];
+    for way_out in [true, false] {
+        for (place, (_, key, words)) in hints.iter().enumerate().filter(|it| is_way_out(&it.1.0) == way_out) {
+            let wide = row::width_of(key) + row::width_of(words) + 3;
             // A later, shorter one may still fit.
-            continue;
+            if wide <= room {
+                (room, taken[place]) = (room - wide, true);
+            }
         }
-        used += wide;
-        spans.extend([scene.strong(key), Span::raw(format!(" {words}  "))]);
     }
-    Line::from(spans)
+    hints.into_iter().zip(taken).filter(|it| it.1).map(|((_, key, words), _)| (key, words)).collect()
 }
 
 fn typing(scene: Scene, mark: &'static str, text: &str, width: usize) -> Line<'static> {
@@ -48,8 +59,8 @@ fn typing(scene: Scene, mark: &'static str, text: &str, width: usize) -> Line<'s
 }
 
 /// Keys of the table that do something now, each with what that is.
-fn hints(scene: Scene) -> Vec<(String, String)> {
-    keys::footer(scene.app.place()).filter_map(|it| words(scene, it.action).map(|words| (shown(it.action, it.shown), words))).collect()
+fn hints(scene: Scene) -> Vec<(Action, String, String)> {
+    keys::footer(scene.app.place()).filter_map(|it| words(scene, it.action).map(|words| (it.action, shown(it.action, it.shown), words))).collect()
 }
 
 /// Faster and slower share a place.

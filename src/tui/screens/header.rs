@@ -20,7 +20,8 @@ pub(super) fn title(scene: Scene<'_>, width: u16) -> Line<'_> {
     right.extend([scene.dim(" · "), Span::raw(number::uptime(now.started_at, now.at)), scene.dim(" · "), scene.strong("?"), Span::raw(" help ")]);
     let right = Line::from(right);
     let name = [Span::raw(" "), scene.strong("ledgerline")];
-    let about = [scene.dim(" · "), Span::raw(now.profile.as_str()), scene.dim(" · "), Span::raw(format!("seed {}", now.seed))];
+    let seed = if scene.app.owned { format!("seed {}", now.seed) } else { format!("seed {} · attached to {}", now.seed, now.pid) };
+    let about = [scene.dim(" · "), Span::raw(now.profile.as_str()), scene.dim(" · "), Span::raw(seed)];
     let full: Line = name.iter().chain(&about).cloned().collect();
     if full.width() + right.width() < width { row::ends(full, right, width) } else { row::ends(name.to_vec(), right, width) }
 }

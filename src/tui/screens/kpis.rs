@@ -19,13 +19,13 @@ use crate::{
 use super::Scene;
 
 const NAME: usize = 20;
-const VALUE: usize = 18;
+const VALUE: usize = 15;
 const CHANGE: usize = 13;
 
 pub(super) fn pane(frame: &mut Frame, area: Rect, scene: Scene) {
     let inside = super::boxed(frame, area, scene, Pane::Kpis, note(scene));
     let Some(kpis) = kpis(scene) else {
-        return frame::lines(frame, inside, vec![Line::from(scene.dim(nothing_yet()))]);
+        return super::teach(frame, inside, scene, nothing_yet());
     };
     let width = usize::from(inside.width);
     let mut lines = numbers(scene, width);
@@ -53,7 +53,7 @@ fn kpis(scene: Scene<'_>) -> Option<&Kpis> {
 }
 
 fn nothing_yet() -> &'static str {
-    " No KPIs yet. The first run of both DAGs makes them; t starts it now."
+    "No KPIs yet. The first run of both DAGs makes them; t starts it now."
 }
 
 /// What moment the numbers are true for.
@@ -147,7 +147,7 @@ fn table<'a>(scene: Scene<'a>, title: &'a str, pairs: impl Iterator<Item = (&'a 
 pub(super) fn screen(frame: &mut Frame, area: Rect, scene: Scene) {
     let inside = super::boxed(frame, area, scene, Pane::Kpis, note(scene));
     let Some(kpis) = kpis(scene) else {
-        return frame::lines(frame, inside, vec![Line::from(scene.dim(nothing_yet()))]);
+        return super::teach(frame, inside, scene, nothing_yet());
     };
     let [left, right] = Layout::horizontal([Constraint::Percentage(if inside.width < 100 { 54 } else { 50 }), Constraint::Fill(1)]).areas(inside);
     let width = usize::from(left.width);

@@ -31,7 +31,7 @@ pub(super) fn pane(frame: &mut Frame, area: Rect, scene: Scene) {
     let (width, height) = (usize::from(inside.width), usize::from(inside.height));
     let tables = tables(scene);
     if tables.is_empty() {
-        return frame::lines(frame, inside, vec![Line::from(scene.dim("No object yet. The first lands a moment after the first payment."))]);
+        return super::teach(frame, inside, scene, "No object yet. The first lands a moment after the first payment.");
     }
     let with_head = height > tables.len();
     let with_foot = height > tables.len() + 1;
@@ -143,7 +143,7 @@ fn wide_row<'a>(scene: Scene<'a>, name: &str, stats: &TableStats, width: usize) 
 fn objects(scene: Scene, area: Rect) -> Vec<Line> {
     let objects = rows::objects(scene.now, scene.filter(Pane::Lake));
     let (width, height) = (usize::from(area.width), usize::from(area.height));
-    let mut lines = vec![Line::from(scene.strong(" newest objects"))];
+    let mut lines = vec![Line::from(vec![scene.strong(" newest objects"), scene.dim("   landed, table, offsets")])];
     if objects.is_empty() {
         let why = if scene.filter(Pane::Lake).is_empty() { " None yet." } else { " None of the newest holds this text. Esc shows all." };
         lines.push(Line::from(scene.dim(why)));
@@ -171,7 +171,7 @@ fn offsets(key: &str) -> String {
     let file = key.rsplit('/').next().unwrap_or(key);
     let mut parts = file.split('-').map(|it| it.parse::<u64>().map(grouped));
     match (parts.next(), parts.next()) {
-        (Some(Ok(first)), Some(Ok(last))) => format!("offsets {first}–{last}"),
+        (Some(Ok(first)), Some(Ok(last))) => format!("{first}–{last}"),
         _ => file.to_owned(),
     }
 }
@@ -191,5 +191,5 @@ pub(super) fn details(scene: Scene) -> Option<(String, Vec<String>)> {
         String::new(),
         "Written once. `ledgerline lake verify` proves its hash and its place in the chain.".to_owned(),
     ];
-    Some((offsets(&object.key), lines))
+    Some((format!("offsets {}", offsets(&object.key)), lines))
 }

@@ -137,6 +137,8 @@ fn heights(body: u16, rows: usize) -> Vec<Constraint> {
         (3, 30..) => vec![Constraint::Length(9), Constraint::Min(12), Constraint::Length(11)],
         (3, 25..) => vec![Constraint::Length(9), Constraint::Fill(1), Constraint::Fill(1)],
         (3, _) => vec![Constraint::Length(8), Constraint::Fill(1), Constraint::Length(6)],
+        // All tasks of both DAGs, and the log as long as there is room.
+        (2, 36..) => vec![Constraint::Length(21), Constraint::Fill(1)],
         _ => vec![Constraint::Fill(1); rows],
     }
 }
@@ -186,6 +188,12 @@ fn age(frame: &mut Frame, area: Rect, scene: Scene, name: StageName) {
     if scene.stage(name).0 == State::Stale || scene.app.silent.is_some() {
         frame.buffer_mut().set_style(area, scene.theme.state(State::Stale));
     }
+}
+
+/// What an empty place says: what comes, when, and which key brings it.
+fn teach(frame: &mut Frame, area: Rect, scene: Scene, text: &str) {
+    let lines = row::wrap(text, usize::from(area.width).saturating_sub(2));
+    frame::lines(frame, area, lines.into_iter().map(|it| Line::from(scene.dim(format!(" {it}")))).collect());
 }
 
 /// The window of `height` rows around the selected one.

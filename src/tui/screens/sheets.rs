@@ -84,6 +84,8 @@ fn ask(frame: &mut Frame, scene: Scene, question: &Question) {
         ),
         Question::Quit => ("Quit?", vec![Line::from("This closes the console only; the pipeline goes on.")]),
         Question::Order { command, said, tasks } => {
+            // The engine's words for a rehearsal begin so; the title asks already.
+            let said = said.strip_prefix("would: ").unwrap_or(said);
             let mut lines: Vec<Line> = row::wrap(said, width).into_iter().map(Line::from).collect();
             lines.extend(tasks.iter().map(|it| Line::from(format!("  {it}"))));
             (order_title(command), lines)
@@ -115,5 +117,5 @@ fn suggest(frame: &mut Frame, scene: Scene, text: &str) {
     if lines.is_empty() {
         lines.push(Line::from(scene.dim("no such command")));
     }
-    frame::popup(frame, &format!(":{text}"), lines, scene.theme.strong());
+    frame::popup_above_footer(frame, "commands", lines, scene.theme.strong());
 }

@@ -32,7 +32,7 @@ pub(super) fn pane(frame: &mut Frame, area: Rect, scene: Scene) {
     let topics = rows::topics(scene.now, "");
     let (width, height) = (usize::from(inside.width), usize::from(inside.height));
     if topics.is_empty() {
-        return frame::lines(frame, inside, vec![Line::from(scene.dim(nothing_yet(scene)))]);
+        return super::teach(frame, inside, scene, &nothing_yet(scene));
     }
     let with_head = height > topics.len();
     let with_slot = height > topics.len() + 1;
@@ -137,16 +137,19 @@ pub(super) fn screen(frame: &mut Frame, area: Rect, scene: Scene) {
     let topics = rows::topics(scene.now, scene.filter(Pane::Stream));
     if topics.is_empty() {
         let why = if scene.filter(Pane::Stream).is_empty() { nothing_yet(scene) } else { "No topic holds this text. Esc shows all.".to_owned() };
-        return frame::lines(frame, inside, vec![Line::from(scene.dim(why))]);
+        return super::teach(frame, inside, scene, &why);
     }
     let selected = scene.app.selected(Pane::Stream).min(topics.len() - 1);
     let lanes = lanes(scene, &topics, selected, inside.width.into());
     let facts = facts(scene, inside.width.into());
     let table = u16::try_from(lanes.len()).unwrap_or(u16::MAX);
     let below = u16::try_from(facts.len()).unwrap_or_default();
-    let [top, curve, foot] = Layout::vertical([Constraint::Max(table), Constraint::Min(5), Constraint::Max(below)]).areas(inside);
+    let parts = [Constraint::Max(table), Constraint::Length(2), Constraint::Fill(1), Constraint::Max(below)];
+    let [top, title, curve, foot] = Layout::vertical(parts).areas(inside);
     frame::lines(frame, top, lanes);
-    chart(frame, curve, scene, topics[selected]);
+    let named = Line::from(vec![Span::raw(" "), scene.strong(topics[selected].0), scene.dim(", messages a second")]);
+    frame::lines(frame, title, vec![Line::default(), named]);
+    chart(frame, curve, scene, topics[selected].1);
     frame::lines(frame, foot, facts);
     super::age(frame, inside, scene, StageName::Cdc);
 }
@@ -179,7 +182,7 @@ fn lanes<'a>(scene: Scene<'a>, topics: &[(&'a str, &'a Flow)], selected: usize, 
 }
 
 /// The last minute of one topic, with an axis.
-fn chart(frame: &mut Frame, area: Rect, scene: Scene, (name, flow): (&str, &Flow)) {
+fn chart(frame: &mut Frame, area: Rect, scene: Scene, flow: &Flow) {
     let from = HISTORY_SECONDS.saturating_sub(flow.history.len());
     let points: Vec<(f64, f64)> = flow
         .history
@@ -193,7 +196,7 @@ fn chart(frame: &mut Frame, area: Rect, scene: Scene, (name, flow): (&str, &Flow
     let top = f64::from(u32::try_from(most).unwrap_or(u32::MAX));
     let chart = Chart::new(vec![data])
         .x_axis(Axis::default().style(scene.theme.dim()).bounds([0.0, f64::from(small(HISTORY_SECONDS - 1))]).labels(["60 s ago", "30 s", "now"]))
-        .y_axis(Axis::default().style(scene.theme.dim()).bounds([0.0, top]).labels(["0".to_owned(), grouped(most)]).title(format!("{name} msg/s")));
+        .y_axis(Axis::default().style(scene.theme.dim()).bounds([0.0, top]).labels(["0".to_owned(), grouped(most)]));
     frame.render_widget(chart, area);
 }
 
