@@ -1,14 +1,61 @@
-//! The console.
+//! The console: snapshots and keys in, frames and commands out.
+//!
+//! The loop owns [`app::App`] and the terminal, nothing else; the pipeline goes on whatever happens here. Keys are answered
+//! from memory: commands travel in a task of their own and their answers come back as messages, so no query, lock or file
+//! lies between a key and its frame. What a key asks for shows when a snapshot says so, never before.
 
-use std::{io, sync::Arc};
+mod app;
+mod keys;
+mod palette;
+mod parts;
+mod rows;
+mod screens;
+mod term;
+#[cfg(test)]
+mod tests;
+mod theme;
 
-use tokio::sync::watch;
+use std::{io, sync::Arc, time::Duration};
+
+use crossterm::event::{Event, EventStream, KeyEventKind};
+use futures_util::{FutureExt as _, StreamExt as _};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
+use tracing::debug;
+use tui_logger::TuiWidgetState;
 
 use crate::{
     cli::Look,
-    pipeline::{Commander, snapshot::Snapshot},
+    pipeline::{
+        Commander,
+        command::{Command, Reply},
+        snapshot::{STALE_AFTER, Snapshot},
+    },
 };
+
+use app::{App, Effect, Purpose};
+use screens::Scene;
+use term::Screen;
+use theme::Theme;
+
+/// New snapshots are drawn at most four times a second; keys and resizes at once.
+const FRAME_EVERY: Duration = Duration::from_millis(250);
+
+/// While nobody looks, once a second.
+const FRAME_EVERY_UNSEEN: Duration = Duration::from_secs(1);
+
+/// Without a shell that stops and continues us, ^Z ends after this.
+const SUSPEND_MAX: Duration = Duration::from_millis(500);
+
+/// Answers that wait to be shown; whoever answers beyond that waits.
+const ANSWERS_MAX: usize = 16;
+
+/// Keys taken in one go before a frame is due, however fast they come.
+const KEYS_PER_FRAME: usize = 64;
 
 /// What the console looks at, and whom it asks.
 pub struct Watched {
@@ -18,7 +65,161 @@ pub struct Watched {
     pub owned: bool,
 }
 
-pub async fn run(_watched: Watched, _look: &Look, stop: &CancellationToken) -> io::Result<()> {
-    stop.cancelled().await;
-    Ok(())
+/// Runs the console until the operator leaves or `stop` says so; then the terminal is as it was.
+///
+/// A terminal that cannot be read or written any more is an error; the pipeline has not been touched by it.
+pub async fn run(watched: Watched, look: &Look, stop: &CancellationToken) -> io::Result<()> {
+    let mut continued = signal(SignalKind::from_raw(rustix::process::Signal::CONT.as_raw()))?;
+    let (answers_in, mut answers) = mpsc::channel(ANSWERS_MAX);
+    let mut console = Console::enter(watched, look, answers_in)?;
+    let mut events = EventStream::new();
+    let mut due = Instant::now();
+    let mut suspended: Option<Instant> = None;
+    loop {
+        let mut at_once = false;
+        tokio::select! { biased;
+            () = stop.cancelled() => return Ok(()),
+            event = events.next() => {
+                let mut next = Some(event);
+                // A held key or a paste comes in bursts: all of it, then one frame.
+                for _ in 0..KEYS_PER_FRAME {
+                    let Some(event) = next.take() else { break };
+                    let event = event.ok_or_else(|| io::Error::new(io::ErrorKind::UnexpectedEof, "the terminal is gone"))??;
+                    at_once |= console.take(&event);
+                    match console.settle()? {
+                        Settled::Quit => return Ok(()),
+                        Settled::Suspended => suspended = Some(Instant::now() + SUSPEND_MAX),
+                        Settled::Here => next = events.next().now_or_never(),
+                    }
+                }
+            }
+            Some((asked, purpose, reply)) = answers.recv() => {
+                console.app.hear(asked, purpose, reply, &console.shown);
+                at_once = true;
+            }
+            _ = continued.recv() => (suspended, at_once) = (None, console.come_back()?),
+            () = sleep_until(suspended.unwrap_or_else(Instant::now)), if suspended.is_some() => (suspended, at_once) = (None, console.come_back()?),
+            () = sleep_until(due), if suspended.is_none() => at_once = true,
+        }
+        if at_once && suspended.is_none() {
+            console.draw()?;
+            due = Instant::now() + if console.seen { FRAME_EVERY } else { FRAME_EVERY_UNSEEN };
+        }
+    }
+}
+
+struct Console {
+    app: App,
+    theme: Theme,
+    screen: Screen,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    shown: Arc<Snapshot>,
+    /// When the newest snapshot came.
+    heard_at: Instant,
+    commander: Commander,
+    answers: mpsc::Sender<(Command, Purpose, Reply)>,
+    log: TuiWidgetState,
+    /// The terminal has the focus, as far as it tells.
+    seen: bool,
+    effect: Effect,
+}
+
+/// Where the loop stands after an effect.
+enum Settled {
+    Here,
+    Suspended,
+    Quit,
+}
+
+impl Console {
+    fn enter(mut watched: Watched, look: &Look, answers: mpsc::Sender<(Command, Purpose, Reply)>) -> io::Result<Self> {
+        let app = App::new(watched.owned);
+        let shown = Arc::clone(&watched.snapshots.borrow_and_update());
+        Ok(Self {
+            theme: Theme::new(look.ascii, std::env::var("NO_COLOR").ok().as_deref()),
+            screen: Screen::enter()?,
+            snapshots: watched.snapshots,
+            shown,
+            heard_at: Instant::now(),
+            commander: watched.commander,
+            answers,
+            log: TuiWidgetState::new().set_default_display_level(app.level()),
+            app,
+            seen: true,
+            effect: Effect::None,
+        })
+    }
+
+    /// Whether the event deserves a frame.
+    fn take(&mut self, event: &Event) -> bool {
+        match event {
+            Event::Key(key) if key.kind != KeyEventKind::Release => match keys::action(self.app.place(), *key) {
+                Some(action) => {
+                    self.effect = self.app.update(action, &self.shown);
+                    true
+                }
+                None => false,
+            },
+            Event::Resize(..) => true,
+            Event::FocusGained => {
+                self.seen = true;
+                true
+            }
+            Event::FocusLost => {
+                self.seen = false;
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// Carries out what an update asked for.
+    fn settle(&mut self) -> io::Result<Settled> {
+        match std::mem::replace(&mut self.effect, Effect::None) {
+            Effect::None => {}
+            Effect::Send(command, purpose) => self.send(command, purpose),
+            Effect::Log(event) => self.log.transition(event),
+            Effect::LogLevel(level) => {
+                tui_logger::set_default_level(level);
+                self.log = TuiWidgetState::new().set_default_display_level(level);
+            }
+            Effect::Suspend => {
+                self.screen.suspend()?;
+                return Ok(Settled::Suspended);
+            }
+            Effect::Redraw => self.screen.forget()?,
+            Effect::Quit => return Ok(Settled::Quit),
+        }
+        Ok(Settled::Here)
+    }
+
+    fn send(&self, command: Command, purpose: Purpose) {
+        let (commander, answers) = (self.commander.clone(), self.answers.clone());
+        tokio::spawn(async move {
+            let reply = commander.ask(command.clone()).await;
+            if answers.send((command, purpose, reply)).await.is_err() {
+                debug!("the console was left before an answer came");
+            }
+        });
+    }
+
+    fn come_back(&mut self) -> io::Result<bool> {
+        self.screen.reenter()?;
+        Ok(true)
+    }
+
+    fn draw(&mut self) -> io::Result<()> {
+        if self.snapshots.has_changed().unwrap_or(false) {
+            self.shown = Arc::clone(&self.snapshots.borrow_and_update());
+            self.heard_at = Instant::now();
+        }
+        let silent = self.heard_at.elapsed();
+        self.app.silent = (silent > STALE_AFTER).then_some(silent);
+        self.app.observe(&self.shown);
+        let (app, now, theme, log) = (&mut self.app, &self.shown, self.theme, &self.log);
+        self.screen.draw(|frame| {
+            app.columns = screens::columns(frame.area());
+            screens::draw(frame, Scene { now, app, theme, log });
+        })
+    }
 }

@@ -1,0 +1,111 @@
+//! The last line: the answer to the last command for a moment, else the keys that work here and what they do now.
+
+use ratatui::text::{Line, Span};
+
+use crate::{
+    bank::Rate,
+    stage::Phase,
+    tui::{
+        app::OnTop,
+        keys::{self, Action, Pane},
+        parts::row,
+        theme::State,
+    },
+    units::grouped,
+};
+
+use super::Scene;
+
+pub(super) fn line(scene: Scene, width: u16) -> Line<'static> {
+    let width = usize::from(width);
+    match &scene.app.on_top {
+        Some(OnTop::Filter { text }) => return typing(scene, "/", text, width),
+        Some(OnTop::Palette { text }) => return typing(scene, ":", text, width),
+        _ => {}
+    }
+    if let Some(message) = &scene.app.message {
+        let state = if message.ok { State::Ok } else { State::Late };
+        return Line::styled(row::clip(&format!(" {} {}", state.glyph(), message.text), width), scene.theme.state(state));
+    }
+    Line::from(
+        std::iter::once(Span::raw(" "))
+            .chain(fitting(scene, width).into_iter().flat_map(|(key, words)| [scene.strong(key), Span::raw(format!(" {words}  "))]))
+            .collect::<Vec<_>>(),
+    )
+}
+
+/// The hints that have room, in the order of the table. The way out comes first when room is given away.
+fn fitting(scene: Scene, width: usize) -> Vec<(String, String)> {
+    let hints = hints(scene);
+    let is_way_out = |it: &Action| matches!(it, Action::Quit | Action::Back | Action::Dismiss | Action::No);
+    let mut room = width;
+    let mut taken = vec![false; hints.len()];
+    for way_out in [true, false] {
+        for (place, (_, key, words)) in hints.iter().enumerate().filter(|it| is_way_out(&it.1.0) == way_out) {
+            let wide = row::width_of(key) + row::width_of(words) + 3;
+            // A later, shorter one may still fit.
+            if wide <= room {
+                (room, taken[place]) = (room - wide, true);
+            }
+        }
+    }
+    hints.into_iter().zip(taken).filter(|it| it.1).map(|((_, key, words), _)| (key, words)).collect()
+}
+
+fn typing(scene: Scene, mark: &'static str, text: &str, width: usize) -> Line<'static> {
+    let hints = " Enter does it  Esc leaves it ";
+    let left = Line::from(vec![scene.strong(format!(" {mark}{text}")), Span::styled(" ", scene.theme.selected())]);
+    if left.width() + hints.len() <= width { row::ends(left, Line::from(scene.dim(hints)), width) } else { left }
+}
+
+/// Keys of the table that do something now, each with what that is.
+fn hints(scene: Scene) -> Vec<(Action, String, String)> {
+    keys::footer(scene.app.place()).filter_map(|it| words(scene, it.action).map(|words| (it.action, shown(it.action, it.shown), words))).collect()
+}
+
+/// Faster and slower share a place.
+fn shown(action: Action, key: &str) -> String {
+    match action {
+        Action::Faster | Action::Louder => "+/-".to_owned(),
+        _ => key.to_owned(),
+    }
+}
+
+fn words(scene: Scene, action: Action) -> Option<String> {
+    let (app, now) = (scene.app, scene.now);
+    Some(match action {
+        Action::TogglePause => {
+            let stage = app.pause_target(now);
+            let verb = now.stage(stage).map_or("pause", |it| if it.wanted == Phase::Paused { "resume" } else { "pause" });
+            format!("{verb} {stage}")
+        }
+        Action::Faster => match now.wish.rate {
+            Rate::PerSecond(rate) => format!("{} tx/s", grouped(rate.get().into())),
+            Rate::Unlimited => return None,
+        },
+        Action::Louder => format!("level {}", app.level().as_str().to_lowercase()),
+        Action::Slower | Action::Quieter => return None,
+        Action::Trigger => match app.focus {
+            Pane::Dbt => "run dbt".to_owned(),
+            _ => "trigger".to_owned(),
+        },
+        Action::Retry => format!("retry {}", app.retry_target(now)?.1),
+        Action::Clear => "clear".to_owned(),
+        Action::Cancel => {
+            app.cancel_target(now)?;
+            "cancel run".to_owned()
+        }
+        Action::NextPane => "pane".to_owned(),
+        Action::Enter if app.zoomed => "details".to_owned(),
+        Action::Enter => "open".to_owned(),
+        Action::Back => "back".to_owned(),
+        Action::Filter => "filter".to_owned(),
+        Action::Palette => "command".to_owned(),
+        Action::Quit => "quit".to_owned(),
+        Action::Dismiss => "close".to_owned(),
+        Action::Down | Action::PageDown => "scroll".to_owned(),
+        Action::Yes => "yes".to_owned(),
+        Action::No => "no".to_owned(),
+        _ => return None,
+    })
+}
