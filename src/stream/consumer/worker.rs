@@ -268,6 +268,8 @@ impl Worker {
         while rows < RUN_ROWS && bytes < RUN_BYTES {
             let message = match client.poll(wait) {
                 Some(Ok(message)) => message,
+                // Topics that do not exist yet are waited for, not in trouble.
+                Some(Err(KafkaError::MessageConsumption(RDKafkaErrorCode::UnknownTopicOrPartition))) => break,
                 Some(Err(error)) => return self.tell(told(&error)),
                 None => break,
             };

@@ -245,7 +245,7 @@ fn kpis() -> KpiStats {
         transaction_amount_by_type: [("DEPOSIT", 120_301_220), ("TRANSFER", 88_100_417), ("WITHDRAWAL", 61_440_010)]
             .map(|(name, amount)| TypeAmount { txn_type: name.into(), amount: cents(amount) })
             .into(),
-        average_balance_by_account_type: [("CHECKING", 131_020), ("CREDIT", -40_012), ("LOAN", -1_200_055), ("SAVINGS", 990_01)]
+        average_balance_by_account_type: [("CHECKING", 131_020), ("CREDIT", -40_012), ("LOAN", -1_200_055), ("SAVINGS", 99_001)]
             .map(|(name, amount)| TypeAverage { account_type: name.into(), average: cents(amount) })
             .into(),
         total_customers_balance: (1..=10)
