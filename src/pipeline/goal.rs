@@ -51,9 +51,10 @@ impl Pipeline {
         info!("the bank is done; draining");
         self.drain().await?;
         info!("drained; the last runs begin");
-        self.drained.send_replace(true);
         self.hold_schedule().await;
         self.wait_until("the runs in progress", |it| it.dag.is_idle()).await?;
+        // Not before: a run in progress loaded what had landed then, and would be measured by what has landed now.
+        self.drained.send_replace(true);
         self.run_both_dags().await?;
         self.wait_until("the letters", |it| it.mail.waiting == 0 || it.mail.away.is_some()).await
     }
@@ -190,6 +191,5 @@ fn failed_run(run: &RunStats) -> Failure {
         Some(Matter::Bug) => Exit::Bug,
         Some(Matter::Transient | Matter::Operator) | None => Exit::Away,
     };
-    Failure::new(exit, text)
-        .with_remedy(format!("`ledgerline dag show {} {}` has the whole story", run.dag_id, run.run_id))
+    Failure::new(exit, text).with_remedy(format!("`ledgerline dag show {} {}` has the whole story", run.dag_id, run.run_id))
 }
