@@ -76,7 +76,7 @@ fn no_file_is_two_things() {
 
 #[test]
 fn each_room_says_what_it_is() {
-    let silent: Vec<String> = sources().filter(|(_, text)| !text.starts_with("//!")).map(|(path, _)| path.display().to_string()).collect();
+    let silent: Vec<String> = sources().filter(|(path, text)| !path.ends_with("tests.rs") && !text.starts_with("//!")).map(|(path, _)| path.display().to_string()).collect();
     assert!(silent.is_empty(), "{silent:#?}");
 }
 
