@@ -190,6 +190,5 @@ fn failed_run(run: &RunStats) -> Failure {
         Some(Matter::Bug) => Exit::Bug,
         Some(Matter::Transient | Matter::Operator) | None => Exit::Away,
     };
-    Failure::new(exit, text)
-        .with_remedy(format!("`ledgerline dag show {} {}` has the whole story", run.dag_id, run.run_id))
+    Failure::new(exit, text).with_remedy(format!("`ledgerline dag show {} {}` has the whole story", run.dag_id, run.run_id))
 }
