@@ -36,13 +36,7 @@ enum Request {
 }
 
 /// Answers clients until `stop`; then the socket is gone.
-pub(super) fn serve(
-    path: &Path,
-    commander: Commander,
-    snapshots: watch::Receiver<Arc<Snapshot>>,
-    printed: Printed,
-    stop: CancellationToken,
-) -> io::Result<()> {
+pub(super) fn serve(path: &Path, commander: Commander, snapshots: watch::Receiver<Arc<Snapshot>>, printed: Printed, stop: CancellationToken) -> io::Result<()> {
     // Only the owner of the data dir gets here, so a socket that lies there is a dead one's.
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path)?;

@@ -264,7 +264,9 @@ impl App {
         let failed = match self.focus {
             Pane::Dags => {
                 let newest = |it: &crate::dag::DagStats, task: &str| {
-                    it.runs.first().is_some_and(|run| run.tasks.iter().any(|it| it.task_id == task && it.state == TaskState::Failed))
+                    it.runs
+                        .first()
+                        .is_some_and(|run| run.tasks.iter().any(|it| it.task_id == task && matches!(it.state, TaskState::Failed | TaskState::UpForRetry)))
                 };
                 rows::tasks(now, "").iter().position(|(dag, task)| newest(dag, task))
             }

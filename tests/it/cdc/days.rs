@@ -458,7 +458,12 @@ async fn a_missing_table_a_missing_right_and_a_wrong_address_are_told() {
     refuses(&database, &broker, missing, "public.nothing").await;
 
     let role = format!("{}_reader", database.name);
-    database.run(&format!("create role {role} login password 'reader'; grant create on database {} to {role}; alter table payments owner to {role};", database.name)).await;
+    database
+        .run(&format!(
+            "create role {role} login password 'reader'; grant create on database {} to {role}; alter table payments owner to {role};",
+            database.name
+        ))
+        .await;
     let mut url = url::Url::parse(database.url.reveal()).expect("an address");
     url.set_username(&role).expect("a name");
     url.set_password(Some("reader")).expect("a password");
