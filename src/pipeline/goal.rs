@@ -51,9 +51,10 @@ impl Pipeline {
         info!("the bank is done; draining");
         self.drain().await?;
         info!("drained; the last runs begin");
-        self.drained.send_replace(true);
         self.hold_schedule().await;
         self.wait_until("the runs in progress", |it| it.dag.is_idle()).await?;
+        // Not before: a run in progress loaded what had landed then, and would be measured by what has landed now.
+        self.drained.send_replace(true);
         self.run_both_dags().await?;
         self.wait_until("the letters", |it| it.mail.waiting == 0 || it.mail.away.is_some()).await
     }

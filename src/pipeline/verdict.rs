@@ -120,6 +120,9 @@ fn stale_stage(now: &Snapshot) -> Option<Verdict> {
 
 fn paused(now: &Snapshot) -> Option<Verdict> {
     let (name, stage) = now.stages.iter().find(|(_, stage)| stage.wanted == Phase::Paused || stage.phase == Phase::Paused)?;
+    if *name == StageName::Scheduler {
+        return Some(Verdict { level: Level::Note, text: "The schedule is held · runs in progress and ordered ones go on".to_owned() });
+    }
     let word = match (stage.wanted, stage.phase) {
         (Phase::Paused, Phase::Running) => "pausing…",
         (Phase::Running, Phase::Paused) => "resuming…",

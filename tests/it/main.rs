@@ -15,4 +15,5 @@ mod notify;
 mod pipeline;
 mod refresh;
 mod s3;
+mod tidy;
 mod warehouse;
