@@ -63,8 +63,11 @@ pub struct StageView {
 }
 
 impl StageView {
+    /// A stage that holds still has nothing to report; that is not silence.
     pub fn is_stale(&self, now: DateTime<Utc>) -> bool {
-        self.health == Health::Working && now.signed_duration_since(self.reported_at).to_std().is_ok_and(|silent| silent > STALE_AFTER)
+        self.health == Health::Working
+            && self.phase == Phase::Running
+            && now.signed_duration_since(self.reported_at).to_std().is_ok_and(|silent| silent > STALE_AFTER)
     }
 }
 
@@ -149,7 +152,8 @@ impl Sampler {
         let stages = StageName::ALL
             .into_iter()
             .map(|name| {
-                let wanted = sources.wanted.get(&name).map_or(Phase::Running, |it| *it.borrow());
+                let wished = || if name == StageName::Bank { sources.wish.borrow().phase } else { Phase::Running };
+                let wanted = sources.wanted.get(&name).map_or_else(wished, |it| *it.borrow());
                 let view = StageView {
                     health: sources.health.get(&name).map_or(Health::Off, |it| it.borrow().clone()),
                     wanted,

@@ -186,7 +186,10 @@ impl App {
                 self.zoomed = true;
                 self.on_top = Some(OnTop::Filter { text: self.filter(self.focus).to_owned() });
             }
-            Action::Zoom(pane) => (self.focus, self.zoomed) = (pane, true),
+            Action::Zoom(pane) => {
+                self.focus = pane;
+                self.go_in(now);
+            }
             Action::Enter => self.enter(now),
             Action::Back => return self.back(),
             Action::NextPane => self.focus = self.focus.step(1),
@@ -246,9 +249,33 @@ impl App {
 
     fn enter(&mut self, now: &Snapshot) {
         if !self.zoomed {
-            self.zoomed = true;
+            self.go_in(now);
         } else if rows::count(self.focus, now, self.filter(self.focus)) > 0 {
             self.on_top = Some(OnTop::Details { scroll: 0 });
+        }
+    }
+
+    /// Opens the screen of the pane in focus; what failed is selected already.
+    fn go_in(&mut self, now: &Snapshot) {
+        self.zoomed = true;
+        if !self.filter(self.focus).is_empty() {
+            return;
+        }
+        let failed = match self.focus {
+            Pane::Dags => {
+                let newest = |it: &crate::dag::DagStats, task: &str| {
+                    it.runs
+                        .first()
+                        .is_some_and(|run| run.tasks.iter().any(|it| it.task_id == task && matches!(it.state, TaskState::Failed | TaskState::UpForRetry)))
+                };
+                rows::tasks(now, "").iter().position(|(dag, task)| newest(dag, task))
+            }
+            Pane::Dbt => rows::nodes(now, "").iter().position(|it| it.status.is_some_and(|status| !status.is_good() && status != crate::dbt::Status::Skipped)),
+            _ => None,
+        };
+        if let Some(place) = failed {
+            self.selected[self.focus.place()] = place;
+            self.run = None;
         }
     }
 

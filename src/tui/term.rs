@@ -7,7 +7,10 @@
 use std::{
     io::{self, BufWriter, Stdout, Write as _},
     panic,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
 };
 
@@ -15,13 +18,19 @@ use crossterm::{
     cursor,
     event::{DisableFocusChange, EnableFocusChange},
     execute, queue,
-    terminal::{BeginSynchronizedUpdate, EndSynchronizedUpdate, EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode},
+    terminal::{
+        BeginSynchronizedUpdate, Clear, ClearType, EndSynchronizedUpdate, EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode,
+    },
 };
 use ratatui::{Frame, Terminal, backend::CrosstermBackend};
 use rustix::process::{Signal, kill_current_process_group};
 
 /// A frame is built here and leaves in one piece: a full 200×60 screen with colours has its place.
 const FRAME_BYTES: usize = 64 * 1024;
+
+/// Whether the terminal is in our hands. A process has one; the panic hook and a drop may both want to give it back, and
+/// leaving the alternate screen twice would put the cursor over what was printed in between.
+static TAKEN: AtomicBool = AtomicBool::new(false);
 
 type Hook = Arc<dyn Fn(&panic::PanicHookInfo<'_>) + Sync + Send + 'static>;
 
@@ -79,13 +88,19 @@ impl Drop for Screen {
 
 fn take() -> io::Result<()> {
     enable_raw_mode()?;
+    TAKEN.store(true, Ordering::SeqCst);
     execute!(io::stdout(), EnterAlternateScreen, EnableFocusChange, cursor::Hide).inspect_err(|_| give_back())
 }
 
 /// Each step for itself: a terminal that refuses one may still take the others. There is nobody left to tell.
 fn give_back() {
+    if !TAKEN.swap(false, Ordering::SeqCst) {
+        return;
+    }
     let mut out = io::stdout();
-    let _ = execute!(out, EndSynchronizedUpdate, DisableFocusChange, LeaveAlternateScreen, cursor::Show);
+    // Wiped first: a multiplexer that was resized meanwhile may carry lines of it over to the main screen.
+    let _ = execute!(out, EndSynchronizedUpdate, Clear(ClearType::All), cursor::MoveTo(0, 0));
+    let _ = execute!(out, DisableFocusChange, LeaveAlternateScreen, cursor::Show);
     let _ = disable_raw_mode();
     let _ = out.flush();
 }

@@ -225,8 +225,11 @@ fn draw_run(frame: &mut Frame, area: Rect, scene: Scene) {
     };
     let state = theme::of_run(run.state);
     let took = run.seconds.map(|it| format!(" · {}", number::seconds(it))).unwrap_or_default();
-    let mut lines =
-        vec![Line::from(vec![Span::raw(" "), scene.mark(state, run.state.as_str()), Span::raw(row::clip(&format!("{took} · {}", run.run_id), width - 12))])];
+    let mut lines = vec![Line::from(vec![
+        Span::raw(" "),
+        scene.mark(state, run.state.as_str()),
+        Span::raw(row::clip(&format!("{took} · {}", run.run_id), width.saturating_sub(12))),
+    ])];
     let about = task_of(run, task_id).map(|task| about(scene, task, width)).unwrap_or_default();
     let gantt = gantt(scene, run, task_id, width);
     if lines.len() + gantt.len() + about.len() <= area.height.into() {
@@ -251,7 +254,7 @@ fn gantt<'a>(scene: Scene, run: &'a RunStats, selected: &str, width: usize) -> V
             Some(began) => (cell(began), cell(task.finished_at.unwrap_or(end))),
             None => (0, 0),
         };
-        let length = if task.started_at.is_some() { (to - from).max(1) } else { 0 };
+        let length = if task.started_at.is_some() { to.saturating_sub(from).max(1) } else { 0 };
         let took = task.seconds.map(number::seconds).unwrap_or_default();
         let line = Line::from(vec![
             Span::raw(format!(" {} {took:>SECONDS$}  {}", row::fit(&task.task_id, name), " ".repeat(from))),

@@ -65,7 +65,8 @@ fn note(scene: Scene) -> Line<'static> {
 fn counts(scene: Scene, width: usize) -> Line<'static> {
     let dbt = &scene.now.refresh.dbt;
     let tests = dbt.tests();
-    let bad = tests.fail + tests.error;
+    // A model that broke counts as much as a test that did.
+    let bad = dbt.nodes.iter().filter(|it| matches!(it.status, Some(Status::Fail | Status::Error))).count();
     let models = dbt.nodes.iter().filter(|it| matches!(it.kind, Kind::Model | Kind::Snapshot) && it.status == Some(Status::Success)).count();
     let all = dbt.nodes.iter().filter(|it| matches!(it.kind, Kind::Model | Kind::Snapshot)).count();
     let failed = if bad > 0 { scene.mark(State::Failed, &format!("{bad} fail")) } else { Span::raw("0 fail") };

@@ -57,7 +57,7 @@ impl LogFormatter for OneLine {
     fn format(&self, width: usize, event: &ExtLogRecord) -> Vec<Line<'_>> {
         let is_first = self.is_first.swap(false, Ordering::Relaxed);
         let room = room_of(event.target());
-        let text = event.msg().trim().replace('\n', " ");
+        let text = message_first(&event.msg().replace('\n', " "));
         if !(rows::holds(&text, &self.filter) || rows::holds(room, &self.filter) || rows::holds(event.level.as_str(), &self.filter)) {
             return if is_first { vec![Line::styled("·", self.theme.dim())] } else { Vec::new() };
         }
@@ -72,6 +72,22 @@ impl LogFormatter for OneLine {
     }
 }
 
+/// Fields come sorted by name, with the message among them as `message` would be: what stands before it goes behind it.
+///
+/// A value of several words hides where it ends; then the line stays as it came.
+fn message_first(text: &str) -> String {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let is_name = |it: &str| !it.is_empty() && it.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_.".contains(&byte));
+    let mut before = "";
+    let mut fields = 0;
+    while let Some(name) = words.get(fields * 2).and_then(|it| it.strip_suffix(':')).filter(|it| is_name(it) && *it > before && *it < "message") {
+        before = name;
+        fields += 1;
+    }
+    let (first, rest) = words.split_at((fields * 2).min(words.len()));
+    if rest.is_empty() { words.join(" ") } else { rest.iter().chain(first).copied().collect::<Vec<_>>().join(" ") }
+}
+
 /// The room that speaks: `lake` of `ledgerline::lake::ship`; of a library its name.
 fn room_of(target: &str) -> &str {
     let mut parts = target.split("::");
@@ -79,5 +95,25 @@ fn room_of(target: &str) -> &str {
         (Some("ledgerline"), Some(room)) => room,
         (Some(name), _) => name,
         (None, _) => target,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_message_comes_before_its_fields() {
+        assert_eq!(message_first(" dag_id: D run started run_id: r"), "run started run_id: r dag_id: D");
+        assert_eq!(message_first(" topic created topic: bank.message"), "topic created topic: bank.message");
+        assert_eq!(message_first(" first_time: true lane: l[0] lane is read position: 0"), "lane is read position: 0 first_time: true lane: l[0]");
+        assert_eq!(message_first(" stage: lake"), "stage: lake");
+    }
+
+    #[test]
+    fn a_line_names_the_room_that_speaks() {
+        assert_eq!(room_of("ledgerline::lake::ship"), "lake");
+        assert_eq!(room_of("sqlx::query"), "sqlx");
+        assert_eq!(room_of("ledgerline"), "ledgerline");
     }
 }

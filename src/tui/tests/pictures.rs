@@ -30,9 +30,9 @@ fn picture(now: &Snapshot, app: &mut App, size: (u16, u16)) -> String {
     drawn(now, app, Theme::new(false, None), size).0
 }
 
-fn on_screen(pane: Pane) -> App {
+fn on_screen(pane: Pane, now: &Snapshot) -> App {
     let mut app = App::new(true);
-    app.update(Action::Zoom(pane), &busy());
+    app.update(Action::Zoom(pane), now);
     app
 }
 
@@ -52,9 +52,9 @@ fn every_screen_reads_well_while_all_is_well_and_while_it_is_not() {
     for pane in Pane::ALL.into_iter().filter(|it| *it != Pane::Log) {
         let name = pane.name().to_lowercase();
         for (day, now) in [("empty", empty()), ("busy", busy()), ("failing", failing())] {
-            insta::assert_snapshot!(format!("{name}_{day}_120x36"), picture(&now, &mut on_screen(pane), (120, 36)));
+            insta::assert_snapshot!(format!("{name}_{day}_120x36"), picture(&now, &mut on_screen(pane, &now), (120, 36)));
         }
-        insta::assert_snapshot!(format!("{name}_failing_80x24"), picture(&failing(), &mut on_screen(pane), (80, 24)));
+        insta::assert_snapshot!(format!("{name}_failing_80x24"), picture(&failing(), &mut on_screen(pane, &failing()), (80, 24)));
     }
 }
 
@@ -76,10 +76,7 @@ fn questions_say_what_they_touch() {
 #[test]
 fn a_failed_test_shows_its_rows_and_its_sql() {
     let now = failing();
-    let mut app = on_screen(Pane::Dbt);
-    for _ in 0..4 {
-        app.update(Action::Down, &now);
-    }
+    let mut app = on_screen(Pane::Dbt, &now);
     app.update(Action::Enter, &now);
     insta::assert_snapshot!("dbt_details", picture(&now, &mut app, (100, 30)));
 }
@@ -109,7 +106,7 @@ fn a_tiny_terminal_still_says_the_one_sentence() {
 fn with_ascii_every_cell_is_ascii() {
     for now in [empty(), busy(), failing()] {
         for zoom in [None, Some(Pane::Stream), Some(Pane::Lake), Some(Pane::Dags), Some(Pane::Dbt), Some(Pane::Kpis)] {
-            let mut app = zoom.map_or_else(|| App::new(true), on_screen);
+            let mut app = zoom.map_or_else(|| App::new(true), |pane| on_screen(pane, &now));
             let (text, buffer) = drawn(&now, &mut app, Theme::new(true, None), (120, 36));
             assert!(buffer.content.iter().all(|it| it.symbol().is_ascii()), "{text}");
             assert!(!buffer.content.iter().any(|it| it.symbol() == "?" && it.modifier.is_empty() && it.fg != ratatui::style::Color::Reset), "{text}");
