@@ -3,7 +3,7 @@
 use std::{io, path::Path};
 
 use tracing_appender::{non_blocking::WorkerGuard, rolling};
-use tracing_subscriber::{EnvFilter, Layer as _, Registry, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+use tracing_subscriber::{EnvFilter, Registry, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use crate::cli::LogFormat;
 
@@ -19,17 +19,20 @@ pub enum Front {
 /// How many log files are kept; one a day.
 const FILES_KEPT: usize = 7;
 
-/// Our own words at `info`, libraries only where they warn. `LEDGERLINE_LOG` replaces it, in `tracing`'s filter syntax.
-const DEFAULT_FILTER: &str = "warn,ledgerline=info";
+/// Our own words at `info`, libraries only where they warn; the transport of replication says our errors a second time.
+/// `LEDGERLINE_LOG` replaces it, in `tracing`'s filter syntax.
+const DEFAULT_FILTER: &str = "warn,ledgerline=info,pgwire_replication=off";
 
 /// Single commands print results; their progress matters only when something is odd.
-const QUIET_FILTER: &str = "error,ledgerline=warn";
+const QUIET_FILTER: &str = "error,ledgerline=warn,pgwire_replication=off";
 
 /// Starts logging. The guard flushes the file when it is dropped; keep it until the end.
 ///
 /// `folder`: None for commands that own no data dir; then only stderr is written.
 pub fn start(front: Front, folder: Option<&Path>) -> io::Result<Option<WorkerGuard>> {
-    let filter = |default: &str| EnvFilter::try_from_env("LEDGERLINE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let default = if folder.is_some() { DEFAULT_FILTER } else { QUIET_FILTER };
+    // One filter for all layers: filters of their own made events vanish from both.
+    let filter = EnvFilter::try_from_env("LEDGERLINE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     let (file, guard) = match folder {
         Some(folder) => {
             std::fs::create_dir_all(folder)?;
@@ -41,21 +44,19 @@ pub fn start(front: Front, folder: Option<&Path>) -> io::Result<Option<WorkerGua
                 .build(folder)
                 .map_err(io::Error::other)?;
             let (writer, guard) = tracing_appender::non_blocking(appender);
-            (Some(fmt::layer().with_ansi(false).with_writer(writer).with_filter(filter(DEFAULT_FILTER))), Some(guard))
+            (Some(fmt::layer().with_ansi(false).with_writer(writer)), Some(guard))
         }
         None => (None, None),
     };
-    let registry = Registry::default().with(file);
-    let quiet = if folder.is_some() { DEFAULT_FILTER } else { QUIET_FILTER };
+    let registry = Registry::default().with(filter).with(file);
     match front {
         Front::Console => {
-            // Targets of ours at debug so that the pane can show them when asked; its own filter hides them until then.
             tui_logger::init_logger(tui_logger::LevelFilter::Debug).map_err(io::Error::other)?;
-            tui_logger::set_default_level(tui_logger::LevelFilter::Info);
-            registry.with(tui_logger::TuiTracingSubscriberLayer.with_filter(filter("warn,ledgerline=debug"))).init();
+            tui_logger::set_default_level(tui_logger::LevelFilter::Debug);
+            registry.with(tui_logger::TuiTracingSubscriberLayer).init();
         }
-        Front::Stderr(LogFormat::Text) => registry.with(fmt::layer().with_writer(io::stderr).with_ansi(false).with_filter(filter(quiet))).init(),
-        Front::Stderr(LogFormat::Json) => registry.with(fmt::layer().json().with_writer(io::stderr).with_filter(filter(quiet))).init(),
+        Front::Stderr(LogFormat::Text) => registry.with(fmt::layer().with_writer(io::stderr).with_ansi(false)).init(),
+        Front::Stderr(LogFormat::Json) => registry.with(fmt::layer().json().with_writer(io::stderr)).init(),
     }
     Ok(guard)
 }

@@ -62,6 +62,8 @@ pub(super) async fn run(loaded: &Loaded, flags: Run, log_format: LogFormat) -> R
         left = tui::run(watched, &flags.look, &interrupted) => left.map_err(|error| Failure::new(Exit::Away, format!("the console ended: {error}"))),
         reached = headless::reach(&pipeline, &ends, &interrupted) => reached,
     };
+    // The console leaves at a signal as well; whichever was seen first, the shell is told of the signal.
+    let outcome = if interrupted.is_cancelled() && outcome.is_ok() { Err(Failure::new(Exit::Interrupted, "interrupted; state is kept")) } else { outcome };
     headless::conclude(pipeline, outcome, ends.goal.is_some(), flags.summary.as_deref()).await
 }
 

@@ -32,16 +32,27 @@ const ARROWS: [(&str, &[&str]); 25] = [
     ("exit", &[]),
     ("interrupt", &[]),
     ("telemetry", &["cli"]),
-    (
-        "pipeline",
-        &["bank", "cdc", "change", "config", "dag", "dbt", "embedded", "exit", "kpi", "lake", "notify", "refresh", "stream", "warehouse"],
-    ),
+    ("pipeline", &["bank", "cdc", "change", "config", "dag", "dbt", "embedded", "exit", "kpi", "lake", "notify", "refresh", "stream", "warehouse"]),
     ("headless", &["bank", "commands", "exit", "kpi", "pipeline"]),
     ("tui", &["bank", "cdc", "change", "cli", "dag", "dbt", "embedded", "kpi", "lake", "notify", "pipeline", "refresh", "warehouse"]),
     (
         "commands",
         &[
-            "bank", "change", "cli", "config", "dag", "embedded", "exit", "headless", "interrupt", "kpi", "lake", "pipeline", "refresh", "telemetry", "tui",
+            "bank",
+            "change",
+            "cli",
+            "config",
+            "dag",
+            "embedded",
+            "exit",
+            "headless",
+            "interrupt",
+            "kpi",
+            "lake",
+            "pipeline",
+            "refresh",
+            "telemetry",
+            "tui",
             "warehouse",
         ],
     ),
@@ -76,7 +87,8 @@ fn no_file_is_two_things() {
 
 #[test]
 fn each_room_says_what_it_is() {
-    let silent: Vec<String> = sources().filter(|(path, text)| !path.ends_with("tests.rs") && !text.starts_with("//!")).map(|(path, _)| path.display().to_string()).collect();
+    let silent: Vec<String> =
+        sources().filter(|(path, text)| !path.ends_with("tests.rs") && !text.starts_with("//!")).map(|(path, _)| path.display().to_string()).collect();
     assert!(silent.is_empty(), "{silent:#?}");
 }
 
