@@ -109,7 +109,19 @@ pub(super) fn end_strays(cluster: &Path) -> Result<usize, Error> {
         }
         signal = Signal::KILL;
     }
+    if postmaster(cluster).is_some_and(is_dead_unburied) {
+        // PostgreSQL would take it for alive: its number is still in use until whoever inherited it asks for its end.
+        let lock = cluster.join("postmaster.pid");
+        fs::remove_file(&lock).map_err(|source| Error::Dir { dir: lock, source })?;
+    }
     Ok(found.len())
+}
+
+/// A process that has ended but still has its number (a zombie). It holds no memory, no file and no port any more.
+fn is_dead_unburied(pid: Pid) -> bool {
+    let status = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+    // The state stands behind the name, which may hold anything.
+    status.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z'))
 }
 
 /// Processes that work in this cluster: every process of PostgreSQL stands in its data directory.
