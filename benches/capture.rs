@@ -40,7 +40,7 @@ const SCHEMA: &str = "
     insert into accounts select id, 'ACC' || id, id, 'CHECKING', 'ACTIVE', 'EUR', 100.00, now(), now() from generate_series(0, 999) id;";
 
 fn server() -> String {
-    std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned())
+    std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:5432/postgres".to_owned())
 }
 
 fn main() -> anyhow::Result<()> {

@@ -29,7 +29,7 @@ fn setting(name: &str, default: &str) -> String {
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let server = setting("LEDGERLINE_TEST_POSTGRES", "postgres://postgres@127.0.0.1:25432/postgres");
+    let server = setting("LEDGERLINE_TEST_POSTGRES", "postgres://postgres@127.0.0.1:5432/postgres");
     let pgbench = setting("PGBENCH", "pgbench");
     let seconds: u64 = setting("SECONDS", "10").parse().context("SECONDS")?;
     let rounds: u32 = setting("ROUNDS", "3").parse().context("ROUNDS")?;

@@ -33,7 +33,7 @@ const CHUNK_BYTES: usize = 512 * 1024;
 #[allow(clippy::print_stdout, reason = "a benchmark's result is what it prints")]
 async fn main() -> Result<()> {
     let rows: i64 = std::env::var("LEDGERLINE_BENCH_ROWS").map_or(Ok(200_000), |it| it.parse()).context("LEDGERLINE_BENCH_ROWS is a number")?;
-    let mut url: url::Url = std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:25432/postgres".to_owned()).parse()?;
+    let mut url: url::Url = std::env::var("LEDGERLINE_TEST_POSTGRES").unwrap_or_else(|_| "postgres://postgres@127.0.0.1:5432/postgres".to_owned()).parse()?;
     let mut admin = PgConnection::connect(url.as_str()).await?;
     let database = format!("warehouse_bench_{}", std::process::id());
     admin.execute(AssertSqlSafe(format!("create database {database}"))).await?;

@@ -229,7 +229,7 @@ mod tests {
             r#"{"kind":"done","id":1,"ok":false,"error":null,"nodes":[
             {"unique_id":"model.ledgerline.cut","name":"cut","kind":"model","status":"success","seconds":0.1,"rows":1,"message":null,"failures":null},
             {"unique_id":"test.ledgerline.x","name":"assert_ledger_balances","kind":"test","status":"fail","seconds":0.1,"rows":null,
-             "message":"Got 2 results, configured to fail if != 0","failures":2,"compiled":"/work/target/x.sql",
+             "message":"Got 2 results, configured to fail if != 0","failures":2,"compiled":"/srv/target/x.sql",
              "failing":{"columns":["account_id","ledger_moved","balance_moved"],"rows":[["7","10.00","9.00"],["12",null,"1.00"]]}},
             {"unique_id":"test.ledgerline.y","name":"y","kind":"test","status":"skipped","seconds":0.0,"rows":null,"message":null,"failures":null}]}"#,
         );
@@ -239,7 +239,7 @@ mod tests {
         assert_eq!(results.succeeded(Kind::Model), 1);
         assert_eq!(
             results.explain().unwrap(),
-            "test assert_ledger_balances found 2 rows that break it\n  account_id  ledger_moved  balance_moved\n  7           10.00         9.00\n  12                        1.00\nits SQL: /work/target/x.sql"
+            "test assert_ledger_balances found 2 rows that break it\n  account_id  ledger_moved  balance_moved\n  7           10.00         9.00\n  12                        1.00\nits SQL: /srv/target/x.sql"
         );
     }
 

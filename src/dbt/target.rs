@@ -106,8 +106,8 @@ mod tests {
 
     #[test]
     fn an_address_is_taken_apart() {
-        let target = Target::from_url(&Secret::new("postgres://led%40ger:p%2Fw+d@127.0.0.1:25432/ware%20house")).unwrap();
-        assert_eq!((target.host.as_str(), target.port, target.user.as_str()), ("127.0.0.1", 25432, "led@ger"));
+        let target = Target::from_url(&Secret::new("postgres://led%40ger:p%2Fw+d@127.0.0.1:5432/ware%20house")).unwrap();
+        assert_eq!((target.host.as_str(), target.port, target.user.as_str()), ("127.0.0.1", 5432, "led@ger"));
         assert_eq!((target.password.reveal(), target.database.as_str()), ("p/w+d", "ware house"));
         assert_eq!(Target::from_url(&Secret::new("postgres://bank@[::1]/warehouse")).unwrap().host, "::1");
     }

@@ -36,7 +36,16 @@ impl House {
     }
 
     pub(crate) fn start(&mut self) {
-        self.broker = Some(self.runtime.block_on(Broker::start(self.config.clone())).unwrap());
+        self.broker = Some(self.runtime.block_on(async {
+            // Meanwhile a connection of another test may have been given our port; it is over soon.
+            for _ in 0..200 {
+                match Broker::start(self.config.clone()).await {
+                    Err(Error::Listen { .. }) => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
+                    started => return started.unwrap(),
+                }
+            }
+            panic!("port {} stays taken", self.config.port);
+        }));
         // A client that was connected finds it again.
         self.config.port = self.broker().port();
     }
