@@ -118,10 +118,6 @@ pub struct Secrets {
     pub mail_password: Option<Secret>,
 }
 
-/// The environment names of [`Secrets`], without the prefix.
-const SECRET_NAMES: [&str; 6] =
-    ["SOURCE__PASSWORD", "WAREHOUSE__PASSWORD", "STATE__PASSWORD", "LAKE__ACCESS_KEY_ID", "LAKE__SECRET_ACCESS_KEY", "MAIL__PASSWORD"];
-
 /// The configuration of one invocation, and where its relative paths start.
 #[derive(Debug, Clone)]
 pub struct Loaded {
@@ -375,11 +371,6 @@ fn nearest(unknown: &str, defaults: &Table) -> Option<String> {
     leaves_of("", defaults, defaults, &mut known);
     let names = known.into_iter().map(|(key, _)| key).chain(defaults.keys().cloned());
     names.map(|key| (strsim::jaro_winkler(&key, unknown), key)).filter(|(likeness, _)| *likeness > 0.75).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, key)| key)
-}
-
-/// The names of environment variables that carry secrets, for help texts.
-pub fn secret_variables() -> impl Iterator<Item = String> {
-    SECRET_NAMES.iter().map(|name| format!("{ENV_PREFIX}{name}"))
 }
 
 #[cfg(test)]

@@ -3,13 +3,16 @@
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Read as _, Seek as _, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
-use crate::fault::{Diagnose, Fault};
+use crate::{
+    embedded::{random_hex, write_private},
+    fault::{Diagnose, Fault},
+};
 
 /// Raised when the layout of the data dir changes so that older programs must not touch it.
 const VERSION: u32 = 1;
@@ -105,7 +108,8 @@ impl DataDir {
         match fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| unusable(io::Error::new(io::ErrorKind::InvalidData, error))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let chosen = Chosen { s3_access_key_id: random_text(20), s3_secret_access_key: random_text(40), kafka_port: 0 };
+                let random = |bytes| random_hex(bytes).map_err(unusable);
+                let chosen = Chosen { s3_access_key_id: random(10)?, s3_secret_access_key: random(20)?, kafka_port: 0 };
                 self.keep(&chosen)?;
                 Ok(chosen)
             }
@@ -116,11 +120,8 @@ impl DataDir {
     /// Writes down what was chosen; only this user may read it.
     pub fn keep(&self, chosen: &Chosen) -> Result<(), Error> {
         let path = self.join("chosen.json");
-        let unusable = |source| Error::Unusable { path: path.clone(), source };
-        let part = self.join("chosen.json.part");
-        let text = serde_json::to_vec_pretty(chosen).expect("plain values");
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&part).map_err(unusable)?;
-        file.write_all(&text).and_then(|()| file.sync_data()).and_then(|()| fs::rename(&part, &path)).map_err(unusable)
+        let text = serde_json::to_string_pretty(chosen).expect("plain values");
+        write_private(&path, &text).map_err(|source| Error::Unusable { path, source })
     }
 }
 
@@ -133,14 +134,6 @@ pub fn socket_path(root: &Path) -> PathBuf {
     use sha2::Digest as _;
     let name = hex::encode(&sha2::Sha256::digest(root.as_os_str().as_encoded_bytes())[..8]);
     std::env::temp_dir().join(format!("ledgerline-{name}.sock"))
-}
-
-/// Letters and digits from the system's random numbers.
-fn random_text(length: usize) -> String {
-    use rand::Rng as _;
-    const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
-    let mut random = rand::rng();
-    (0..length).map(|_| char::from(LETTERS[random.next_u32() as usize % LETTERS.len()])).collect()
 }
 
 #[cfg(test)]
