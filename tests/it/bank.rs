@@ -109,6 +109,12 @@ async fn dump(database: &Database) -> String {
     text
 }
 
+/// Names the first row that differs: a whole bank is no message to read.
+fn assert_same_rows(one: &str, other: &str) {
+    let differs = one.lines().zip(other.lines()).find(|(one, other)| one != other);
+    assert_eq!((differs, one.lines().count()), (None, other.lines().count()));
+}
+
 /// Nothing in it, whatever the history: the books of a bank that is right.
 async fn assert_books_balance(database: &Database) {
     let mut connection = database.connect().await;
@@ -133,7 +139,7 @@ async fn the_same_seed_count_and_day_are_the_same_bank_whatever_the_connections(
     assert!(first.updates > 0 && first.deletes > 0 && first.events.reversals > 0, "{first:?}");
 
     let rows = dump(&one).await;
-    assert_eq!(rows, dump(&other).await);
+    assert_same_rows(&rows, &dump(&other).await);
     assert_books_balance(&one).await;
     let census = bank::census(&one.url).await.expect("a census");
     assert_eq!((census.transactions, census.ledger_entries), (1_500, 3_000));
@@ -232,7 +238,7 @@ async fn sessions_killed_in_the_middle_leave_every_event_done_exactly_once() {
 
     // Not merely a bank in balance: the very bank that nobody disturbed, corrections and all.
     post(&quiet, config(11, 4), 4_000).await;
-    assert_eq!(dump(&database).await, dump(&quiet).await);
+    assert_same_rows(&dump(&database).await, &dump(&quiet).await);
     assert_books_balance(&database).await;
     quiet.drop().await;
     database.drop().await;
