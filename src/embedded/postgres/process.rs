@@ -5,11 +5,12 @@ use std::{
     io::{self, Read as _, Seek as _, SeekFrom},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use tokio_util::sync::CancellationToken;
 
 use super::{Error, home::Home};
 
@@ -41,18 +42,33 @@ pub(super) fn major(home: &Home) -> Result<String, Error> {
     version.map(str::to_owned).ok_or_else(|| Error::Failed { what: "postgres --version", said: last_words(&output.stderr) })
 }
 
-pub(super) fn initdb(home: &Home, cluster: &Path, password_file: &Path) -> Result<(), Error> {
+pub(super) fn initdb(home: &Home, cluster: &Path, password_file: &Path, stop: &CancellationToken) -> Result<(), Error> {
     let mut command = program(home, "initdb");
     // The builtin locale sorts and folds the same on every machine.
     command.args(["--username", super::cluster::SUPERUSER, "--auth=scram-sha-256", "--encoding=UTF8", "--no-instructions"]);
     command.args(["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]);
     command.arg("--pwfile").arg(password_file).arg("--pgdata").arg(cluster);
-    let output = command.output().map_err(|source| Error::Binaries { bin: home.bin.clone(), source })?;
+    let output = output_unless(&mut command, stop).map_err(|source| Error::Binaries { bin: home.bin.clone(), source })?;
+    let output = output.ok_or(Error::Stopped)?;
     if output.status.success() {
         return Ok(());
     }
     let said = last_words(&output.stderr);
     Err(if said.contains("No space left on device") { Error::DiskFull { dir: cluster.to_owned() } } else { Error::Failed { what: "initdb", said } })
+}
+
+/// Runs a program that says little to its end. None: told to stop, and its whole group is gone.
+fn output_unless(command: &mut Command, stop: &CancellationToken) -> io::Result<Option<Output>> {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    while child.try_wait()?.is_none() {
+        if stop.is_cancelled() {
+            let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    child.wait_with_output().map(Some)
 }
 
 /// Starts the server; it is not ready yet.
