@@ -21,7 +21,7 @@ use crate::{
     pipeline::{
         data_dir::{self, DataDir},
         reach,
-        services::{self as parts, Addresses, Needs, Services},
+        services::{Addresses, Needs, Services},
         socket::Client,
     },
     refresh,
@@ -172,6 +172,7 @@ impl<'a> Limits<'a> {
 
 /// Starts embedded services with progress lines on stderr. Cut short at any moment, it leaves nothing behind.
 async fn start_services(loaded: &Loaded, data_dir: &DataDir, needs: Needs, limits: &Limits<'_>) -> Result<Services, Failure> {
+    Services::check(loaded, needs).map_err(|error| Failure::usage(&error))?;
     let progress = Progress::to(|line| eprintln!("{line}"));
     let mut services = Services::new(loaded);
     let starting = async {
@@ -179,10 +180,7 @@ async fn start_services(loaded: &Loaded, data_dir: &DataDir, needs: Needs, limit
             let others = reach::external(&loaded.config, needs);
             reach::wait_for(&others, loaded.config.startup_grace, &progress).await.map_err(|error| Failure::from_error(&error))?;
         }
-        services.start(loaded, data_dir, needs, &progress).await.map_err(|error| match error {
-            parts::Error::Address { .. } | parts::Error::NoLakeCredentials { .. } => Failure::usage(&error),
-            _ => Failure::from_error(&error),
-        })
+        services.start(loaded, data_dir, needs, &progress).await.map_err(|error| Failure::from_error(&error))
     };
     let started = tokio::select! {
         started = starting => started,

@@ -172,13 +172,29 @@ impl Services {
         Self { addresses, starting: None, stopping: CancellationToken::new(), postgres: None, kafka: None, holding: None, s3: None }
     }
 
+    /// Whether what is not embedded has addresses that can be used: asked before anything is started.
+    pub fn check(loaded: &Loaded, needs: Needs) -> Result<(), Error> {
+        let config = &loaded.config;
+        if needs.postgres {
+            for (key, url) in [("source.url", &config.source.url), ("warehouse.url", &config.warehouse.url), ("state.url", &config.state.url)] {
+                if url != EMBEDDED {
+                    external_database(key, url, None)?;
+                }
+            }
+        }
+        if needs.lake && config.lake.endpoint != EMBEDDED {
+            external_lake(loaded)?;
+        }
+        match reach::external(config, needs).iter().find(|it| it.hosts.is_empty()) {
+            Some(place) => Err(Error::Address { key: place.key, why: "it names no host".to_owned() }),
+            None => Ok(()),
+        }
+    }
+
     /// Starts what is embedded and needed.
     ///
     /// After an error, or when this future is dropped half way, [`Services::stop`] ends what had started.
     pub async fn start(&mut self, loaded: &Loaded, data_dir: &DataDir, needs: Needs, progress: &Progress) -> Result<(), Error> {
-        if let Some(place) = reach::external(&loaded.config, needs).iter().find(|it| it.hosts.is_empty()) {
-            return Err(Error::Address { key: place.key, why: "it names no host".to_owned() });
-        }
         self.start_stream_and_lake(loaded, data_dir, needs).await?;
         self.start_python_and_postgres(loaded, data_dir, needs, progress).await
     }
@@ -249,15 +265,7 @@ impl Services {
             let server = self.postgres.as_ref().expect("an embedded database is needed, so its server was started");
             return Ok(server.url(name));
         }
-        let refuse = |why: &str| Error::Address { key, why: why.to_owned() };
-        let mut url = Url::parse(configured).map_err(|error| refuse(&error.to_string()))?;
-        if !matches!(url.scheme(), "postgres" | "postgresql") {
-            return Err(refuse(&format!("scheme {} is not postgres", url.scheme())));
-        }
-        if let Some(password) = password {
-            url.set_password(Some(password.reveal())).map_err(|()| refuse("it has no place for a password"))?;
-        }
-        Ok(Secret::new(url))
+        external_database(key, configured, password)
     }
 
     /// From now on the embedded broker forgets only what the lake holds.
@@ -332,6 +340,18 @@ impl Services {
             server.stop().await;
         }
     }
+}
+
+fn external_database(key: &'static str, configured: &str, password: Option<&Secret>) -> Result<Secret, Error> {
+    let refuse = |why: &str| Error::Address { key, why: why.to_owned() };
+    let mut url = Url::parse(configured).map_err(|error| refuse(&error.to_string()))?;
+    if !matches!(url.scheme(), "postgres" | "postgresql") {
+        return Err(refuse(&format!("scheme {} is not postgres", url.scheme())));
+    }
+    if let Some(password) = password {
+        url.set_password(Some(password.reveal())).map_err(|()| refuse("it has no place for a password"))?;
+    }
+    Ok(Secret::new(url))
 }
 
 fn external_lake(loaded: &Loaded) -> Result<lake::Access, Error> {

@@ -372,6 +372,7 @@ async fn supervise(cluster: Cluster, first: Postmaster, pid: watch::Sender<u32>,
                 health.send_replace(Health::Ailing(format!("PostgreSQL died ({how}) and is being started again")));
             }
             _ = disk.tick() => {
+                process::trim_log(&cluster.home);
                 report(&health, cluster.disk());
                 continue;
             }

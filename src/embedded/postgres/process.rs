@@ -17,7 +17,7 @@ use super::{Error, home::Home};
 /// An orphan that does not end by then is killed.
 const ORPHAN_GRACE: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
-/// The log is begun anew at a start once it is larger.
+/// The log is begun anew once it is larger; what was in it is kept beside it until the next time.
 const LOG_BYTES_MAX: u64 = 16 << 20;
 
 /// A command of this cluster's binaries, as this cluster's user.
@@ -75,13 +75,22 @@ fn output_unless(command: &mut Command, stop: &CancellationToken) -> io::Result<
 pub(super) fn spawn(home: &Home) -> Result<tokio::process::Child, Error> {
     let path = log(home);
     let on_log = |source| Error::Dir { dir: home.dir.clone(), source };
-    if fs::metadata(&path).is_ok_and(|it| it.len() > LOG_BYTES_MAX) {
-        fs::rename(&path, path.with_extension("log.old")).map_err(on_log)?;
-    }
     let log = OpenOptions::new().create(true).append(true).open(&path).map_err(on_log)?;
     let mut command = program(home, "postgres");
     command.arg("-D").arg(&home.cluster).stdout(log.try_clone().map_err(on_log)?).stderr(log);
     tokio::process::Command::from(command).spawn().map_err(|source| Error::Binaries { bin: home.bin.clone(), source })
+}
+
+/// Begins the log anew where it has grown too long. PostgreSQL only appends to it, so it goes on at the new beginning.
+pub(super) fn trim_log(home: &Home) {
+    let path = log(home);
+    if log_size(home) <= LOG_BYTES_MAX {
+        return;
+    }
+    let trimmed = fs::copy(&path, path.with_extension("log.old")).and_then(|_| OpenOptions::new().write(true).open(&path)?.set_len(0));
+    if let Err(error) = trimmed {
+        tracing::warn!(%error, log = %path.display(), "could not begin PostgreSQL's log anew");
+    }
 }
 
 pub(super) fn log(home: &Home) -> PathBuf {

@@ -10,7 +10,7 @@ use std::{
     process::Command,
 };
 
-use super::{Bank, Running, proof, until_well_again};
+use super::{Bank, Running, proof, until_flowing};
 
 /// In a test's second life: the folder whose bank has a small disk.
 const FOLDER: &str = "LEDGERLINE_TEST_SMALL_DISK";
@@ -67,16 +67,16 @@ impl Filler {
 
 /// Fills the disk under a running pipeline, waits until it says so with the remedy, makes room, and wants everything back.
 fn fill_and_make_room(bank: &Bank, place: &Path, name: &str) {
-    let mut pipeline = Running::start(bank, &["run", "--no-tui", "--rate", "200"]);
-    pipeline.until_said(&["All well"]);
+    let mut pipeline = Running::start(bank, &["run", "--no-tui", "--rate", "50"]);
+    until_flowing(&mut pipeline);
     let filler = Filler::fill(place);
     let verdict = format!(" {name}: ");
     pipeline.until_said(&[&verdict, "is full", "free space"]);
     filler.make_room();
-    until_well_again(&mut pipeline);
+    until_flowing(&mut pipeline);
     pipeline.end();
 
-    bank.succeeds(&["run", "--no-tui", "--for", "1s", "--rate", "200", "--summary", "summary.json"]);
+    bank.succeeds(&["run", "--no-tui", "--for", "1s", "--rate", "50", "--summary", "summary.json"]);
     assert_eq!(bank.summary()["reconcile"]["ok"], true, "{}", bank.summary()["reconcile"]);
     bank.succeeds(&["lake", "verify"]);
     tokio::runtime::Runtime::new().expect("a runtime").block_on(proof(bank));
