@@ -299,6 +299,8 @@ fn scalar(key: &str, text: &str) -> Value {
         Some(Value::Integer(_)) => text.parse().map_or_else(|_| as_text(), Value::Integer),
         Some(Value::Float(_)) => text.parse().map_or_else(|_| as_text(), Value::Float),
         Some(Value::Boolean(_)) => text.parse().map_or_else(|_| as_text(), Value::Boolean),
+        // A key below an open table: its room knows its type, a number is the only one that looks like another.
+        None => text.parse().map_or_else(|_| as_text(), Value::Integer),
         Some(Value::Array(_)) => Value::Array(text.split(',').map(str::trim).filter(|it| !it.is_empty()).map(|it| Value::String(it.to_owned())).collect()),
         _ => as_text(),
     }

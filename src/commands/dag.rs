@@ -158,7 +158,7 @@ async fn order(loaded: &Loaded, command: Command, output: &Output) -> Result<Exi
     }
     let interrupted = super::interrupts();
     let data_dir = super::take_data_dir(&loaded.data_dir())?;
-    let services = super::start_services(loaded, &data_dir, Needs { dbt: true, ..Needs::RECONCILE }, &interrupted).await?;
+    let services = super::start_services(loaded, &data_dir, Needs { dbt: true, ..Needs::RECONCILE }, &super::Limits::of(&interrupted)).await?;
     let mode = Mode { goal: bank::Goal::Forever, rate: bank::Rate::default(), schedule: Schedule::Never };
     let pipeline =
         Pipeline::start(loaded, data_dir, services, Parts { scheduler: true, ..Parts::NONE }, mode).await.map_err(|error| Failure::from_error(&error))?;

@@ -5,8 +5,9 @@ use std::{fs, path::Path};
 use serde::Serialize;
 
 use crate::{
-    config::{EMBEDDED, Loaded},
+    config::Loaded,
     embedded::python,
+    pipeline::{reach, services::Needs},
     units::bytes_for_people,
 };
 
@@ -116,35 +117,11 @@ fn terminal() -> Finding {
 
 /// Tries to connect to what is not embedded.
 async fn external_addresses(loaded: &Loaded) -> Vec<Finding> {
-    let config = &loaded.config;
-    let urls = [
-        ("source.url", &config.source.url),
-        ("warehouse.url", &config.warehouse.url),
-        ("state.url", &config.state.url),
-        ("lake.endpoint", &config.lake.endpoint),
-    ];
     let mut findings = Vec::new();
-    for (name, address) in urls.into_iter().filter(|(_, address)| *address != EMBEDDED) {
-        let host = url::Url::parse(address).ok().and_then(|url| Some((url.host_str()?.to_owned(), url.port_or_known_default().unwrap_or(5432))));
-        findings.push(reachable(name, host).await);
-    }
-    for server in config.stream.bootstrap_servers.split(',').map(str::trim).filter(|it| *it != EMBEDDED && !it.is_empty()) {
-        let host = server.rsplit_once(':').and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
-        findings.push(reachable("stream.bootstrap_servers", host).await);
+    for place in reach::external(&loaded.config, Needs::ALL) {
+        let tried = place.try_once().await;
+        let found = format!("{} at {} {}", place.service, place.address(), tried.as_ref().map_or_else(|why| format!("does not answer: {why}"), |()| "answers".to_owned()));
+        findings.push(Finding { name: place.key, ok: tried.is_ok(), found, remedy: tried.is_err().then(|| format!("start it, or correct {}", place.key)) });
     }
     findings
-}
-
-async fn reachable(name: &'static str, host: Option<(String, u16)>) -> Finding {
-    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(3);
-    let Some((host, port)) = host else {
-        return Finding { name, ok: false, found: "is not an address with a host".to_owned(), remedy: Some(format!("correct {name}")) };
-    };
-    let tried = tokio::time::timeout(PATIENCE, tokio::net::TcpStream::connect((host.as_str(), port))).await;
-    let why = match tried {
-        Ok(Ok(_)) => return Finding { name, ok: true, found: format!("{host}:{port} answers"), remedy: None },
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => format!("no answer within {} s", PATIENCE.as_secs()),
-    };
-    Finding { name, ok: false, found: format!("{host}:{port}: {why}"), remedy: Some(format!("start that service, or correct {name}")) }
 }

@@ -6,6 +6,7 @@
 use std::{
     io::{IsTerminal as _, Write as _},
     path::Path,
+    time::Duration,
 };
 
 use serde::Serialize;
@@ -19,9 +20,11 @@ use crate::{
     interrupt,
     pipeline::{
         data_dir::{self, DataDir},
+        reach,
         services::{Addresses, Needs, Services},
         socket::Client,
     },
+    refresh,
     telemetry::{self, Front},
 };
 
@@ -39,6 +42,10 @@ pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
     let (global, command) = cli.into_parts();
     let overrides = global.overrides(&command);
     let loaded = config::load(global.config.as_deref(), std::env::vars(), &overrides).map_err(|error| Failure::usage(&error))?;
+    if let Some((unknown, nearest)) = refresh::misspelt_task(&loaded.config.dag) {
+        let text = format!("[dag.tasks.{unknown}] names no task, did you mean dag.tasks.{nearest}?");
+        return Err(Failure::new(Exit::Usage, text).with_remedy("`ledgerline dag show MinIO_S3_to_Snowflake` and the README name the tasks"));
+    }
     let log_format = global.log_format;
     let owns_logs = matches!(command, Command::Run(_) | Command::Generate(_) | Command::Sink(_) | Command::Scheduler(_) | Command::Attach(_))
         || matches!(&command, Command::Cdc(cdc) if cdc.command.is_none());
@@ -118,7 +125,7 @@ impl Reach {
             return Ok(Self { addresses, started: None, owner: Some(owner) });
         }
         let data_dir = take_data_dir(&root)?;
-        let services = start_services(loaded, &data_dir, needs, interrupted).await?;
+        let services = start_services(loaded, &data_dir, needs, &Limits::of(interrupted)).await?;
         Ok(Self { addresses: services.addresses.clone(), started: Some((services, data_dir)), owner: None })
     }
 
@@ -136,13 +143,48 @@ fn take_data_dir(root: &Path) -> Result<DataDir, Failure> {
     })
 }
 
-/// Starts embedded services with progress lines on stderr; ^C ends the preparation and leaves nothing behind.
-async fn start_services(loaded: &Loaded, data_dir: &DataDir, needs: Needs, interrupted: &CancellationToken) -> Result<Services, Failure> {
+/// What a preparation waits for, and what cuts it short.
+struct Limits<'a> {
+    interrupted: &'a CancellationToken,
+    deadline: Option<Duration>,
+    /// Services that are not ours must answer within `startup_grace`. The console opens without them, and says so.
+    strict: bool,
+}
+
+impl<'a> Limits<'a> {
+    fn of(interrupted: &'a CancellationToken) -> Self {
+        Self { interrupted, deadline: None, strict: false }
+    }
+
+    async fn passed(&self) -> Failure {
+        let deadline = async {
+            match self.deadline {
+                Some(after) => tokio::time::sleep(after).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.interrupted.cancelled() => Failure::new(Exit::Interrupted, "interrupted while preparing"),
+            () = deadline => Failure::new(Exit::Deadline, "the deadline passed while preparing").with_remedy("the next start goes on from here"),
+        }
+    }
+}
+
+/// Starts embedded services with progress lines on stderr. Cut short at any moment, it leaves nothing behind.
+async fn start_services(loaded: &Loaded, data_dir: &DataDir, needs: Needs, limits: &Limits<'_>) -> Result<Services, Failure> {
+    Services::check(loaded, needs).map_err(|error| Failure::usage(&error))?;
     let progress = Progress::to(|line| eprintln!("{line}"));
-    let mut services = Services::new(loaded, data_dir).map_err(|error| Failure::from_error(&error))?;
+    let mut services = Services::new(loaded);
+    let starting = async {
+        if limits.strict {
+            let others = reach::external(&loaded.config, needs);
+            reach::wait_for(&others, loaded.config.startup_grace, &progress).await.map_err(|error| Failure::from_error(&error))?;
+        }
+        services.start(loaded, data_dir, needs, &progress).await.map_err(|error| Failure::from_error(&error))
+    };
     let started = tokio::select! {
-        started = services.start(loaded, data_dir, needs, &progress) => started.map_err(|error| Failure::from_error(&error)),
-        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted while preparing")),
+        started = starting => started,
+        passed = limits.passed() => Err(passed),
     };
     match started {
         Ok(()) => Ok(services),

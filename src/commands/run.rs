@@ -2,8 +2,6 @@
 
 use std::io::IsTerminal as _;
 
-use tokio_util::sync::CancellationToken;
-
 use crate::{
     bank,
     cli::{LogFormat, Run},
@@ -12,9 +10,12 @@ use crate::{
     exit::{Exit, Failure},
     headless::{self, Ends},
     pipeline::{Mode, Parts, Pipeline, goal::Goal, services::Needs},
+    telemetry::Front,
     tui,
     units::Span,
 };
+
+use super::Limits;
 
 /// How many transactions `--once` posts where nobody says.
 const TRANSACTIONS_ONCE: u64 = 1_000;
@@ -45,14 +46,8 @@ pub(super) async fn run(loaded: &Loaded, flags: Run, log_format: LogFormat) -> R
     };
     let ends = Ends { goal, deadline: flags.deadline.map(|it| *it) };
     let started = std::time::Instant::now();
-    let launching = launch(loaded, Parts::ALL, Needs::ALL, mode, console, log_format, &interrupted);
-    let (pipeline, _logs) = match ends.deadline {
-        Some(deadline) => match tokio::time::timeout(deadline, launching).await {
-            Ok(launched) => launched?,
-            Err(_) => return Err(Failure::new(Exit::Deadline, "the deadline passed while preparing").with_remedy("the next start goes on from here")),
-        },
-        None => launching.await?,
-    };
+    let limits = Limits { interrupted: &interrupted, deadline: ends.deadline, strict: !console };
+    let (pipeline, _logs) = launch(loaded, Parts::ALL, Needs::ALL, mode, super::log_front(console, log_format), &limits).await?;
     let ends = Ends { deadline: ends.deadline.map(|it| it.saturating_sub(started.elapsed())), ..ends };
     if !console {
         return headless::run(pipeline, ends, flags.summary.as_deref(), interrupted).await;
@@ -77,34 +72,35 @@ pub(super) async fn stage_alone(loaded: &Loaded, alone: Alone, for_: Option<Span
         Alone::Scheduler => (Parts { scheduler: true, ..Parts::NONE }, Needs { dbt: true, ..Needs::RECONCILE }),
     };
     let mode = Mode { goal: bank::Goal::Forever, rate: bank::Rate::PerSecond(loaded.config.bank.rate), schedule: loaded.config.dag.schedule.clone() };
-    let (pipeline, _logs) = launch(loaded, parts, needs, mode, false, log_format, &interrupted).await?;
+    let limits = Limits { interrupted: &interrupted, deadline: None, strict: true };
+    let (pipeline, _logs) = launch(loaded, parts, needs, mode, super::log_front(false, log_format), &limits).await?;
+    let over = interrupted.child_token();
     if let Some(duration) = for_ {
-        let ended = interrupted.clone();
+        let over = over.clone();
         tokio::spawn(async move {
             tokio::time::sleep(*duration).await;
-            ended.cancel();
+            over.cancel();
         });
     }
-    let outcome = headless::run(pipeline, Ends::default(), None, interrupted).await;
+    let outcome = headless::run(pipeline, Ends::default(), None, over).await;
     match outcome {
-        Err(failure) if for_.is_some() && failure.exit == Exit::Interrupted => Ok(Exit::Right),
+        Err(failure) if failure.exit == Exit::Interrupted && !interrupted.is_cancelled() => Ok(Exit::Right),
         other => other,
     }
 }
 
-/// Data dir, logs, services, stages; ^C at any moment leaves nothing behind.
+/// Data dir, logs, services, stages; cut short at any moment, it leaves nothing behind.
 async fn launch(
     loaded: &Loaded,
     parts: Parts,
     needs: Needs,
     mode: Mode,
-    console: bool,
-    log_format: LogFormat,
-    interrupted: &CancellationToken,
+    front: Front,
+    limits: &Limits<'_>,
 ) -> Result<(Pipeline, Option<tracing_appender::non_blocking::WorkerGuard>), Failure> {
     let data_dir = super::take_data_dir(&loaded.data_dir())?;
-    let logs = super::start_logs(super::log_front(console, log_format), Some(&data_dir.join("logs")))?;
-    let services = super::start_services(loaded, &data_dir, needs, interrupted).await?;
+    let logs = super::start_logs(front, Some(&data_dir.join("logs")))?;
+    let services = super::start_services(loaded, &data_dir, needs, limits).await?;
     let pipeline = Pipeline::start(loaded, data_dir, services, parts, mode).await.map_err(|error| Failure::from_error(&error))?;
     Ok((pipeline, logs))
 }

@@ -22,7 +22,7 @@ pub(super) async fn services(loaded: &Loaded, output: Output) -> Result<Exit, Fa
     }
     let interrupted: CancellationToken = super::interrupts();
     let data_dir = super::take_data_dir(&root)?;
-    let mut services = super::start_services(loaded, &data_dir, Needs { dbt: false, ..Needs::ALL }, &interrupted).await?;
+    let mut services = super::start_services(loaded, &data_dir, Needs { dbt: false, ..Needs::ALL }, &super::Limits::of(&interrupted)).await?;
     let printed = print(&services.printed(), &output);
     if printed.is_ok() {
         eprintln!("The services run until ^C.");

@@ -32,11 +32,14 @@ const COMPLETE: &str = "ledgerline-complete";
 /// Prints the version; fails where an environment cannot be made.
 const ASK: &str = "import sys; print('%d.%d' % sys.version_info[:2]); sys.stdout.flush(); import venv, ensurepip; ensurepip.version()";
 
+/// How people get a Python with venv.
+const INSTALL: &str = "`apt install python3 python3-venv` (Debian, Ubuntu), `dnf install python3` (Fedora), `brew install python` (macOS)";
+
 /// The environment could not be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("found no Python on the PATH (looked for {looked_for})")]
-    NoPython { looked_for: String },
+    #[error("found no Python on the PATH (looked for {looked_for}{})", broken.as_ref().map(|it| format!("; {it} is there and does not run")).unwrap_or_default())]
+    NoPython { looked_for: String, broken: Option<String> },
     #[error("found no Python that can be used: {found}")]
     NoSuitablePython { found: String, lacks_venv: Option<u32> },
     #[error("the user has no cache directory: neither XDG_CACHE_HOME nor HOME is set")]
@@ -58,11 +61,10 @@ pub enum Error {
 impl Diagnose for Error {
     fn fault(&self) -> Fault {
         Fault::Operator(match self {
-            Self::NoPython { .. } => "install Python 3.10 or newer with venv (Debian, Ubuntu: `apt install python3 python3-venv`)".to_owned(),
             Self::NoSuitablePython { lacks_venv: Some(minor), .. } => {
-                format!("install Python's venv module (Debian, Ubuntu: `apt install python3-venv` or `apt install python3.{minor}-venv`)")
+                format!("install Python's venv module (Debian, Ubuntu: `apt install python3-venv` or `apt install python3.{minor}-venv`), or a whole Python: {INSTALL}")
             }
-            Self::NoSuitablePython { .. } => "install a Python from 3.10 to 3.14 with venv (Debian, Ubuntu: `apt install python3 python3-venv`)".to_owned(),
+            Self::NoPython { .. } | Self::NoSuitablePython { .. } => format!("install a Python from 3.10 to 3.14 with venv: {INSTALL}"),
             Self::NoCacheDir => "set HOME or XDG_CACHE_HOME".to_owned(),
             Self::CacheDir { dir, source } if super::is_disk_full(source) => format!("free disk space below {}", dir.display()),
             Self::CacheDir { dir, .. } => format!("make {} writable for this user, or set XDG_CACHE_HOME to a directory that is", dir.display()),
@@ -155,7 +157,7 @@ fn name_of(lock: &str, minor: u32) -> String {
 /// The first interpreter on the path that is young enough, old enough, and able to make environments.
 async fn find_python(search_path: &OsStr) -> Result<Base, Error> {
     let names: Vec<String> = std::iter::once("python3".to_owned()).chain(MINORS.rev().map(|minor| format!("python3.{minor}"))).collect();
-    let (mut found, mut lacks_venv, mut seen) = (String::new(), None, Vec::new());
+    let (mut found, mut lacks_venv, mut broken, mut seen) = (String::new(), None, None, Vec::new());
     for name in &names {
         for python in std::env::split_paths(search_path).map(|dir| dir.join(name)).filter(|it| it.is_file()) {
             let real = std::fs::canonicalize(&python).unwrap_or_else(|_| python.clone());
@@ -174,11 +176,13 @@ async fn find_python(search_path: &OsStr) -> Result<Base, Error> {
                     let _ = write!(found, "{}{} is {version}", separator(&found), python.display());
                 }
                 // A shim whose version is not active, most often.
-                Answer::Silent => {}
+                Answer::Silent => {
+                    broken.get_or_insert(python.display().to_string());
+                }
             }
         }
     }
-    if found.is_empty() { Err(Error::NoPython { looked_for: names.join(", ") }) } else { Err(Error::NoSuitablePython { found, lacks_venv }) }
+    if found.is_empty() { Err(Error::NoPython { looked_for: names.join(", "), broken }) } else { Err(Error::NoSuitablePython { found, lacks_venv }) }
 }
 
 fn separator(text: &str) -> &'static str {

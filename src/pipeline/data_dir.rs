@@ -1,4 +1,4 @@
-//! The data dir: one owner at a time, of one version, with the ports and credentials chosen at its first start.
+//! The data dir: one owner at a time, of one version, with the credentials made at its first start.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -7,11 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::{Deserialize, Serialize};
-
 use crate::{
     embedded::{random_hex, write_private},
     fault::{Diagnose, Fault},
+    secret::Secret,
 };
 
 /// Raised when the layout of the data dir changes so that older programs must not touch it.
@@ -57,12 +56,11 @@ pub struct DataDir {
     _lock: File,
 }
 
-/// What was chosen at the first start and must stay: clients have written it down.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Chosen {
-    pub s3_access_key_id: String,
-    pub s3_secret_access_key: String,
-    pub kafka_port: u16,
+/// What clients of the embedded S3 server sign with.
+#[derive(Debug, Clone)]
+pub struct S3Key {
+    pub id: String,
+    pub secret: Secret,
 }
 
 impl DataDir {
@@ -101,27 +99,22 @@ impl DataDir {
         self.root.join(part)
     }
 
-    /// The generated credentials and ports, read back or made now.
-    pub fn chosen(&self) -> Result<Chosen, Error> {
-        let path = self.join("chosen.json");
+    /// The key of the embedded S3 server, made at the first start: clients have written it down.
+    pub fn s3_key(&self) -> Result<S3Key, Error> {
+        let path = self.join("s3-key");
         let unusable = |source| Error::Unusable { path: path.clone(), source };
-        match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| unusable(io::Error::new(io::ErrorKind::InvalidData, error))),
+        match fs::read_to_string(&path) {
+            Ok(text) => {
+                let (id, secret) = text.trim().split_once(':').ok_or_else(|| unusable(io::ErrorKind::InvalidData.into()))?;
+                Ok(S3Key { id: id.to_owned(), secret: Secret::new(secret) })
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let random = |bytes| random_hex(bytes).map_err(unusable);
-                let chosen = Chosen { s3_access_key_id: random(10)?, s3_secret_access_key: random(20)?, kafka_port: 0 };
-                self.keep(&chosen)?;
-                Ok(chosen)
+                let (id, secret) = (random_hex(10).map_err(unusable)?, random_hex(20).map_err(unusable)?);
+                write_private(&path, &format!("{id}:{secret}\n")).map_err(unusable)?;
+                Ok(S3Key { id, secret: Secret::new(secret) })
             }
             Err(source) => Err(unusable(source)),
         }
-    }
-
-    /// Writes down what was chosen; only this user may read it.
-    pub fn keep(&self, chosen: &Chosen) -> Result<(), Error> {
-        let path = self.join("chosen.json");
-        let text = serde_json::to_string_pretty(chosen).expect("plain values");
-        write_private(&path, &text).map_err(|source| Error::Unusable { path, source })
     }
 }
 
@@ -173,10 +166,9 @@ mod tests {
         use std::os::unix::fs::PermissionsExt as _;
         let folder = tempfile::tempdir().expect("a folder");
         let data_dir = DataDir::take(folder.path()).expect("free");
-        let first = data_dir.chosen().expect("made");
-        let again = data_dir.chosen().expect("read");
-        assert_eq!(first.s3_secret_access_key, again.s3_secret_access_key);
-        assert_eq!(fs::metadata(data_dir.join("chosen.json")).expect("there").permissions().mode() & 0o777, 0o600);
+        let (first, again) = (data_dir.s3_key().expect("made"), data_dir.s3_key().expect("read"));
+        assert_eq!((&first.id, first.secret.reveal()), (&again.id, again.secret.reveal()));
+        assert_eq!(fs::metadata(data_dir.join("s3-key")).expect("there").permissions().mode() & 0o777, 0o600);
     }
 
     #[test]

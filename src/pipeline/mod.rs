@@ -4,7 +4,7 @@
 //! supervises them by what their errors mean, publishes one snapshot ten times a second, and carries an operator's commands
 //! to the stage they are for. It holds no logic of theirs.
 
-use std::{collections::BTreeMap, future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use chrono::Utc;
 use tokio::{
@@ -17,23 +17,23 @@ use tracing::{info, warn};
 use crate::{
     bank, cdc,
     change::Topics,
-    config::{EMBEDDED, Loaded},
-    dag, dbt,
+    config::Loaded,
+    dag,
     exit::{Exit, Failure},
     fault::chain,
     lake, notify, refresh,
-    secret::Secret,
     stage::{self, Phase},
-    warehouse::postgres::Postgres,
 };
 
 pub mod command;
 pub mod data_dir;
 pub mod goal;
 mod obey;
+pub mod reach;
 pub mod services;
 pub mod snapshot;
 pub mod socket;
+mod starts;
 pub mod summary;
 pub mod supervise;
 pub mod verdict;
@@ -43,6 +43,7 @@ use data_dir::DataDir;
 use obey::obey;
 use services::Services;
 use snapshot::{Sampler, Snapshot, Sources};
+use starts::{Ends, Start};
 use supervise::{Delays, Health, supervise};
 
 /// Commands that wait to be carried out; whoever asks beyond that waits himself.
@@ -191,15 +192,15 @@ impl Pipeline {
                 stages.insert(name, Running::launch(name, stop.clone(), start));
             }
         };
-        launch(StageName::Bank, &bank.stop, bank_start(loaded, &services, mode.goal, bank_control));
-        launch(StageName::Cdc, &cdc.stop, cdc_start(loaded, &services, cdc_control));
-        launch(StageName::Lake, &lake.stop, lake_start(loaded, &services, &topics, lake_control));
+        launch(StageName::Bank, &bank.stop, starts::bank(loaded, &services, mode.goal, bank_control));
+        launch(StageName::Cdc, &cdc.stop, starts::cdc(loaded, &services, cdc_control));
+        launch(StageName::Lake, &lake.stop, starts::lake(loaded, &services, &topics, lake_control));
         launch(
             StageName::Scheduler,
             &scheduler.stop,
-            scheduler_start(loaded, &data_dir, &services, mode.schedule, Ends { dags: dags_in, refreshed, drained: drained.subscribe() }, scheduler_control),
+            starts::scheduler(loaded, &data_dir, &services, mode.schedule, Ends { dags: dags_in, refreshed, drained: drained.subscribe() }, scheduler_control),
         );
-        launch(StageName::Mail, &mail.stop, mail_start(loaded, &data_dir, &services, mail_control));
+        launch(StageName::Mail, &mail.stop, starts::mail(loaded, &data_dir, &services, mail_control));
 
         let sources = Sources {
             profile: loaded.config.profile.clone(),
@@ -341,10 +342,6 @@ impl Pipeline {
     }
 }
 
-/// How a stage is begun, as often as it must be.
-type Start = Box<dyn FnMut() -> Life + Send>;
-type Life = Pin<Box<dyn Future<Output = Result<(), supervise::Failed>> + Send>>;
-
 impl Running {
     fn launch(name: StageName, stop: CancellationToken, start: Start) -> Self {
         let (health_in, health) = watch::channel(Health::Working);
@@ -353,154 +350,4 @@ impl Running {
         let life = tokio::spawn(async move { supervise(name, start, health_in, &asked, stopped, Delays::default()).await });
         Self { health, again, stop, life }
     }
-}
-
-fn bank_start(loaded: &Loaded, services: &Services, goal: bank::Goal, control: stage::Control<bank::Stats, bank::Wish>) -> Start {
-    let (url, config) = (services.addresses.source.clone(), loaded.config.bank.clone());
-    let ground = ground(loaded);
-    Box::new(move || {
-        let (url, config, control) = (url.clone(), config.clone(), control.clone());
-        // What was posted before a failure counts towards the goal.
-        let goal = match goal {
-            bank::Goal::Transactions(wished) => bank::Goal::Transactions(wished.saturating_sub(control.stats.borrow().transactions)),
-            bank::Goal::Forever => bank::Goal::Forever,
-        };
-        Box::pin(async move {
-            if !config.enabled {
-                return Ok(());
-            }
-            bank::prepare(&url, ground).await?;
-            Ok(bank::run(url, config, goal, Utc::now(), control).await?)
-        })
-    })
-}
-
-fn ground(loaded: &Loaded) -> bank::Ground {
-    match (loaded.config.source.url == EMBEDDED, loaded.bank_enabled_explicitly) {
-        (true, _) => bank::Ground::Ours,
-        (false, true) => bank::Ground::Permitted,
-        (false, false) => bank::Ground::Foreign,
-    }
-}
-
-fn cdc_start(loaded: &Loaded, services: &Services, control: stage::Control<cdc::Stats>) -> Start {
-    let addresses = services.addresses.clone();
-    let (stream, config) = (loaded.config.stream.clone(), loaded.config.cdc.clone());
-    // The tables to capture must be there before the publication is made; in our own database we know who makes them.
-    let ours = loaded.config.source.url == EMBEDDED && loaded.config.bank.enabled;
-    Box::new(move || {
-        let (source, state, kafka) = (addresses.source.clone(), addresses.state.clone(), addresses.kafka.clone());
-        let (stream, config, control) = (stream.clone(), config.clone(), control.clone());
-        Box::pin(async move {
-            if ours {
-                bank::prepare(&source, bank::Ground::Ours).await?;
-            }
-            Ok(cdc::run(source, state, kafka, stream, config, control).await?)
-        })
-    })
-}
-
-fn lake_start(loaded: &Loaded, services: &Services, topics: &Topics, control: stage::Control<lake::Stats>) -> Start {
-    let (access, kafka) = (services.addresses.lake.clone(), services.addresses.kafka.clone());
-    let (config, topics) = (loaded.config.lake.clone(), topics.clone());
-    Box::new(move || {
-        let (access, kafka, topics, config, control) = (access.clone(), kafka.clone(), topics.clone(), config.clone(), control.clone());
-        Box::pin(async move {
-            let store = lake::Store::connect(&access).await?;
-            Ok(lake::run(store, kafka, topics, config, control).await?)
-        })
-    })
-}
-
-/// Where the scheduler's ends are held by the control room, across restarts of the stage.
-struct Ends {
-    dags: watch::Sender<dag::Handle>,
-    refreshed: watch::Sender<refresh::Stats>,
-    drained: watch::Receiver<bool>,
-}
-
-fn scheduler_start(
-    loaded: &Loaded,
-    data_dir: &DataDir,
-    services: &Services,
-    schedule: dag::Schedule,
-    ends: Ends,
-    control: stage::Control<dag::Stats>,
-) -> Start {
-    let hands = Arc::new(Hands {
-        addresses: services.addresses.clone(),
-        topics: Topics::new(loaded.config.cdc.topic_prefix.clone()),
-        dag: dag::Config { schedule, ..loaded.config.dag.clone() },
-        dbt: dbt::Config { project_dir: loaded.dbt_project_dir(), ..loaded.config.dbt.clone() },
-        dbt_work: data_dir.join("dbt"),
-        mail: mail_config(loaded),
-        snapshot: loaded.config.cdc.snapshot,
-        refreshed: ends.refreshed,
-        drained: ends.drained,
-    });
-    Box::new(move || {
-        let (orders, requests) = dag::orders();
-        ends.dags.send_replace(dag::Handle::new(orders, control.stats.subscribe()));
-        Box::pin(schedule_runs(Arc::clone(&hands), requests, control.clone()))
-    })
-}
-
-/// What the scheduler needs to connect its rooms, as often as it is started.
-struct Hands {
-    addresses: services::Addresses,
-    topics: Topics,
-    dag: dag::Config,
-    dbt: dbt::Config,
-    dbt_work: std::path::PathBuf,
-    mail: notify::Config,
-    snapshot: cdc::SnapshotMode,
-    refreshed: watch::Sender<refresh::Stats>,
-    drained: watch::Receiver<bool>,
-}
-
-async fn schedule_runs(hands: Arc<Hands>, requests: mpsc::Receiver<dag::Request>, control: stage::Control<dag::Stats>) -> Result<(), supervise::Failed> {
-    let addresses = &hands.addresses;
-    let python = addresses.python.as_deref().expect("whoever hosts the scheduler needs dbt, so its environment is there");
-    let worker = dbt::Worker::start(python, &hands.dbt, dbt::Target::from_url(&addresses.warehouse)?, &hands.dbt_work).await?;
-    let (state, prefix) = (addresses.state.clone(), hands.topics.prefix().to_owned());
-    let rooms = refresh::Rooms {
-        store: lake::Store::connect(&addresses.lake).await?,
-        warehouse: Postgres::connect(&addresses.warehouse).await?,
-        topics: hands.topics.clone(),
-        dbt: worker.clone(),
-        outbox: notify::Outbox::new(&addresses.state, &hands.mail),
-        source: addresses.source.clone(),
-        snapshot: hands.snapshot.as_str().to_owned(),
-        snapshot_ends: Arc::new(move || Box::pin(snapshot_ends(state.clone(), prefix.clone()))),
-        drained: hands.drained.clone(),
-    };
-    let (deal, mut stats) = refresh::deal(rooms, &hands.dag).map_err(dag::Error::from)?;
-    let refreshed = hands.refreshed.clone();
-    let copying = tokio::spawn(async move {
-        while stats.changed().await.is_ok() {
-            refreshed.send_replace(stats.borrow_and_update().clone());
-        }
-    });
-    let outcome = dag::run(deal, dag::History::new(&addresses.state), requests, control).await;
-    worker.stop().await;
-    copying.abort();
-    Ok(outcome?)
-}
-
-async fn snapshot_ends(state: Secret, topic_prefix: String) -> Result<Option<refresh::SnapshotEnds>, dag::TaskError> {
-    let ends = cdc::snapshot_ends(&state, &topic_prefix).await.map_err(|error| dag::TaskError::from(&error))?;
-    Ok(ends.map(|it| it.ends.into_iter().map(|lane| (lane.topic, lane.partition, lane.end_offset)).collect()))
-}
-
-fn mail_start(loaded: &Loaded, data_dir: &DataDir, services: &Services, control: stage::Control<notify::Stats>) -> Start {
-    let (config, folder, state) = (mail_config(loaded), data_dir.join("mail"), services.addresses.state.clone());
-    Box::new(move || {
-        let outbox = notify::Outbox::new(&state, &config);
-        let (carrier, control) = (notify::Carrier::new(&config, &folder), control.clone());
-        Box::pin(async move { Ok(notify::run(outbox, carrier, control).await?) })
-    })
-}
-
-fn mail_config(loaded: &Loaded) -> notify::Config {
-    notify::Config { password: loaded.secrets.mail_password.clone(), ..loaded.config.mail.clone() }
 }

@@ -6,6 +6,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use crate::{
@@ -16,7 +17,10 @@ use crate::{
     secret::Secret,
 };
 
-use super::data_dir::{self, Chosen, DataDir};
+use super::{
+    data_dir::{self, DataDir},
+    reach,
+};
 
 /// Which parts an invocation needs; embedded ones that nobody needs are not started.
 #[derive(Debug, Clone, Copy)]
@@ -105,6 +109,9 @@ const SOURCE_DATABASE: &str = "bank";
 const WAREHOUSE_DATABASE: &str = "warehouse";
 const STATE_DATABASE: &str = "ledgerline";
 
+/// As `lake.endpoint`: AWS itself, wherever the region is.
+pub(super) const AWS: &str = "aws";
+
 impl Printed {
     /// What a client of the owning pipeline needs; it has no Python of its own.
     pub fn into_addresses(self) -> Result<Addresses, Error> {
@@ -133,7 +140,9 @@ impl Printed {
 /// The embedded services of this invocation, and where everything is.
 pub struct Services {
     pub addresses: Addresses,
-    chosen: Chosen,
+    /// PostgreSQL on its way: whoever no longer waits for it must still see it end.
+    starting: Option<JoinHandle<Result<postgres::Server, postgres::Error>>>,
+    stopping: CancellationToken,
     postgres: Option<postgres::Server>,
     kafka: Option<Arc<kafka::Broker>>,
     /// Tells the broker what the lake holds.
@@ -143,15 +152,14 @@ pub struct Services {
 
 impl Services {
     /// Nothing started yet: addresses of what is external, none of what is embedded.
-    pub fn new(loaded: &Loaded, data_dir: &DataDir) -> Result<Self, Error> {
-        let chosen = data_dir.chosen()?;
+    pub fn new(loaded: &Loaded) -> Self {
         let config = &loaded.config;
         let lake = lake::Access {
             endpoint: None,
             region: config.lake.region.clone(),
             bucket: config.lake.bucket.clone(),
-            access_key_id: chosen.s3_access_key_id.clone(),
-            secret_access_key: Secret::new(chosen.s3_secret_access_key.clone()),
+            access_key_id: String::new(),
+            secret_access_key: Secret::default(),
         };
         let addresses = Addresses {
             source: Secret::default(),
@@ -161,7 +169,26 @@ impl Services {
             lake,
             python: None,
         };
-        Ok(Self { addresses, chosen, postgres: None, kafka: None, holding: None, s3: None })
+        Self { addresses, starting: None, stopping: CancellationToken::new(), postgres: None, kafka: None, holding: None, s3: None }
+    }
+
+    /// Whether what is not embedded has addresses that can be used: asked before anything is started.
+    pub fn check(loaded: &Loaded, needs: Needs) -> Result<(), Error> {
+        let config = &loaded.config;
+        if needs.postgres {
+            for (key, url) in [("source.url", &config.source.url), ("warehouse.url", &config.warehouse.url), ("state.url", &config.state.url)] {
+                if url != EMBEDDED {
+                    external_database(key, url, None)?;
+                }
+            }
+        }
+        if needs.lake && config.lake.endpoint != EMBEDDED {
+            external_lake(loaded)?;
+        }
+        match reach::external(config, needs).iter().find(|it| it.hosts.is_empty()) {
+            Some(place) => Err(Error::Address { key: place.key, why: "it names no host".to_owned() }),
+            None => Ok(()),
+        }
     }
 
     /// Starts what is embedded and needed.
@@ -169,7 +196,6 @@ impl Services {
     /// After an error, or when this future is dropped half way, [`Services::stop`] ends what had started.
     pub async fn start(&mut self, loaded: &Loaded, data_dir: &DataDir, needs: Needs, progress: &Progress) -> Result<(), Error> {
         self.start_stream_and_lake(loaded, data_dir, needs).await?;
-        data_dir.keep(&self.chosen)?;
         self.start_python_and_postgres(loaded, data_dir, needs, progress).await
     }
 
@@ -177,34 +203,26 @@ impl Services {
         let config = &loaded.config;
         // Broker and store are ready at once; PostgreSQL may first have to be installed.
         if needs.stream && config.stream.bootstrap_servers == EMBEDDED {
-            let start = |port| kafka::Broker::start(kafka::Config { dir: data_dir.join("kafka"), port, ..kafka::Config::default() });
-            let broker = match (config.embedded.kafka_port, self.chosen.kafka_port) {
-                (0, kept) => match start(kept).await {
-                    // Somebody else has taken the port we had chosen: another one does as well.
-                    Err(kafka::Error::Listen { .. }) if kept != 0 => start(0).await?,
-                    started => started?,
-                },
-                (fixed, _) => start(fixed).await?,
-            };
+            let broker = kafka::Broker::start(kafka::Config { dir: data_dir.join("kafka"), port: config.embedded.kafka_port, ..kafka::Config::default() });
+            let broker = broker.await?;
             self.addresses.kafka = broker.address();
-            self.chosen.kafka_port = port_of(&self.addresses.kafka);
             self.kafka = Some(Arc::new(broker));
         }
         if needs.lake {
             if config.lake.endpoint == EMBEDDED {
-                // It keeps the port it chose by itself.
-                let port = config.embedded.s3_port;
+                let key = data_dir.s3_key()?;
                 let server = s3::Server::start(s3::Config {
                     dir: data_dir.join("s3"),
-                    port,
-                    access_key_id: self.chosen.s3_access_key_id.clone(),
-                    secret_access_key: Secret::new(self.chosen.s3_secret_access_key.clone()),
+                    port: config.embedded.s3_port,
+                    access_key_id: key.id.clone(),
+                    secret_access_key: key.secret.clone(),
                     region: config.lake.region.clone(),
                     buckets: vec![config.lake.bucket.clone()],
                     ..s3::Config::default()
                 })
                 .await?;
-                self.addresses.lake.endpoint = Some(server.endpoint());
+                self.addresses.lake =
+                    lake::Access { endpoint: Some(server.endpoint()), access_key_id: key.id, secret_access_key: key.secret, ..self.addresses.lake.clone() };
                 self.s3 = Some(server);
             } else {
                 self.addresses.lake = external_lake(loaded)?;
@@ -220,17 +238,17 @@ impl Services {
             let venv = python::Venv::ensure(progress).await?;
             self.addresses.python = Some(venv.python().to_owned());
             if postgres_embedded {
-                let server = postgres::Server::start(
-                    postgres::Config {
-                        bin: venv.postgres_bin().to_owned(),
-                        dir: data_dir.join("postgres"),
-                        port: config.embedded.postgres_port,
-                        ..postgres::Config::default()
-                    },
-                    progress,
-                )
-                .await?;
-                self.postgres = Some(server);
+                let config = postgres::Config {
+                    bin: venv.postgres_bin().to_owned(),
+                    dir: data_dir.join("postgres"),
+                    port: config.embedded.postgres_port,
+                    ..postgres::Config::default()
+                };
+                let (progress, stop) = (progress.clone(), self.stopping.clone());
+                let starting = self.starting.insert(tokio::spawn(async move { postgres::Server::start_unless(config, &progress, stop).await }));
+                let started = starting.await;
+                self.starting = None;
+                self.postgres = Some(started.unwrap_or(Err(postgres::Error::Panicked))?);
             }
         }
         if needs.postgres {
@@ -247,15 +265,7 @@ impl Services {
             let server = self.postgres.as_ref().expect("an embedded database is needed, so its server was started");
             return Ok(server.url(name));
         }
-        let refuse = |why: &str| Error::Address { key, why: why.to_owned() };
-        let mut url = Url::parse(configured).map_err(|error| refuse(&error.to_string()))?;
-        if !matches!(url.scheme(), "postgres" | "postgresql") {
-            return Err(refuse(&format!("scheme {} is not postgres", url.scheme())));
-        }
-        if let Some(password) = password {
-            url.set_password(Some(password.reveal())).map_err(|()| refuse("it has no place for a password"))?;
-        }
-        Ok(Secret::new(url))
+        external_database(key, configured, password)
     }
 
     /// From now on the embedded broker forgets only what the lake holds.
@@ -275,16 +285,16 @@ impl Services {
     }
 
     /// Health of the embedded services, each under its name; empty where nothing is embedded.
-    pub fn health(&self) -> Vec<(&'static str, HealthOf)> {
+    pub fn health(&self) -> Vec<(&'static str, watch::Receiver<embedded::Health>)> {
         let mut health = Vec::new();
         if let Some(server) = &self.postgres {
-            health.push(("postgres", HealthOf::Plain(server.health())));
+            health.push(("postgres", server.health()));
         }
         if let Some(broker) = &self.kafka {
-            health.push(("kafka", HealthOf::Broker(broker.health())));
+            health.push(("kafka", broker.health()));
         }
         if let Some(server) = &self.s3 {
-            health.push(("s3", HealthOf::Plain(server.health())));
+            health.push(("s3", server.health()));
         }
         health
     }
@@ -309,6 +319,12 @@ impl Services {
 
     /// Stops in the order in which data flows, so that each can still write down what it was given.
     pub async fn stop(&mut self) {
+        self.stopping.cancel();
+        if let Some(starting) = self.starting.take()
+            && let Ok(Ok(server)) = starting.await
+        {
+            self.postgres = Some(server);
+        }
         if let Some(server) = self.postgres.take() {
             server.stop().await;
         }
@@ -326,44 +342,33 @@ impl Services {
     }
 }
 
-/// Where the health of one embedded service can be read.
-pub enum HealthOf {
-    Plain(watch::Receiver<embedded::Health>),
-    Broker(watch::Receiver<kafka::Health>),
-}
-
-impl HealthOf {
-    pub fn now(&self) -> embedded::Health {
-        match self {
-            Self::Plain(health) => health.borrow().clone(),
-            Self::Broker(health) => match &*health.borrow() {
-                kafka::Health::Serving => embedded::Health::Well,
-                kafka::Health::DiskFull { free_bytes } => embedded::Health::Ailing(format!(
-                    "the disk is full ({} free): records are refused until there is room, none are lost",
-                    crate::units::bytes_for_people(*free_bytes)
-                )),
-                kafka::Health::Failing { why } => embedded::Health::Ailing(format!("the disk fails: {why}")),
-            },
-        }
+fn external_database(key: &'static str, configured: &str, password: Option<&Secret>) -> Result<Secret, Error> {
+    let refuse = |why: &str| Error::Address { key, why: why.to_owned() };
+    let mut url = Url::parse(configured).map_err(|error| refuse(&error.to_string()))?;
+    if !matches!(url.scheme(), "postgres" | "postgresql") {
+        return Err(refuse(&format!("scheme {} is not postgres", url.scheme())));
     }
+    if let Some(password) = password {
+        url.set_password(Some(password.reveal())).map_err(|()| refuse("it has no place for a password"))?;
+    }
+    Ok(Secret::new(url))
 }
 
 fn external_lake(loaded: &Loaded) -> Result<lake::Access, Error> {
     let config = &loaded.config.lake;
-    let endpoint = Url::parse(&config.endpoint).map_err(|error| Error::Address { key: "lake.endpoint", why: error.to_string() })?;
+    let endpoint = match config.endpoint.as_str() {
+        AWS => None,
+        endpoint => Some(Url::parse(endpoint).map_err(|error| Error::Address { key: "lake.endpoint", why: error.to_string() })?),
+    };
     let secrets = &loaded.secrets;
     let (Some(id), Some(secret)) = (&secrets.lake_access_key_id, &secrets.lake_secret_access_key) else {
-        return Err(Error::NoLakeCredentials { endpoint: endpoint.to_string() });
+        return Err(Error::NoLakeCredentials { endpoint: config.endpoint.clone() });
     };
     Ok(lake::Access {
-        endpoint: Some(endpoint),
+        endpoint,
         region: config.region.clone(),
         bucket: config.bucket.clone(),
         access_key_id: id.reveal().to_owned(),
         secret_access_key: secret.clone(),
     })
-}
-
-fn port_of(address: &str) -> u16 {
-    address.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or_default()
 }

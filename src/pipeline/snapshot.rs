@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{bank, cdc, dag, embedded, lake, notify, refresh, stage::Phase, warehouse::Cut};
 
-use super::{command::StageName, services::HealthOf, supervise::Health, verdict::Verdict, verdict::verdict};
+use super::{command::StageName, supervise::Health, verdict::Verdict, verdict::verdict};
 
 /// How often the stages' stats become a snapshot.
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
@@ -112,7 +112,7 @@ pub(super) struct Sources {
     pub dag: watch::Receiver<dag::Stats>,
     pub refresh: watch::Receiver<refresh::Stats>,
     pub mail: watch::Receiver<notify::Stats>,
-    pub services: Vec<(&'static str, HealthOf)>,
+    pub services: Vec<(&'static str, watch::Receiver<embedded::Health>)>,
 }
 
 /// Turns stats into snapshots until `stop`.
@@ -171,7 +171,7 @@ impl Sampler {
             seed: sources.seed,
             pid: std::process::id(),
             stages,
-            services: sources.services.iter().map(|(name, health)| ((*name).to_owned(), health.now())).collect(),
+            services: sources.services.iter().map(|(name, health)| ((*name).to_owned(), health.borrow().clone())).collect(),
             wish: *sources.wish.borrow(),
             bank,
             cdc,

@@ -41,8 +41,9 @@ const CUT_LATE_SECONDS: i64 = 120;
 const WAL_LATE_BYTES: u64 = 256 << 20;
 
 pub fn verdict(now: &Snapshot) -> Verdict {
-    let truths = [stopped_stage, wrong_books, failed_task, waiting_stage, ailing_service, stopped_lane, stale_stage, paused, late, preparing];
-    let urgent = truths.iter().filter_map(|truth| truth(now)).max_by_key(|verdict| verdict.level);
+    // Causes stand before what follows from them: of two that are as urgent, the first is said.
+    let truths = [stopped_stage, stopped_lane, wrong_books, failed_task, ailing_service, waiting_stage, stale_stage, late, paused, preparing];
+    let urgent = truths.iter().rev().filter_map(|truth| truth(now)).max_by_key(|verdict| verdict.level);
     urgent.unwrap_or_else(|| all_well(now))
 }
 
@@ -72,7 +73,12 @@ fn wrong_books(now: &Snapshot) -> Option<Verdict> {
 }
 
 /// The newest finished or running run of each DAG is the one that counts: an older red run has been followed by a green one.
+///
+/// While a service of ours ails, tasks fail because of it; the schedule tries again.
 fn failed_task(now: &Snapshot) -> Option<Verdict> {
+    if ailing_service(now).is_some() {
+        return None;
+    }
     let newest = |dag: &'_ crate::dag::DagStats| dag.runs.iter().find(|run| run.state != RunState::Queued && run.state != RunState::Running).cloned();
     let run = now.dag.dags.iter().filter_map(newest).find(|run| run.state == RunState::Failed)?;
     let task = run.tasks.iter().find(|it| it.state == TaskState::Failed);

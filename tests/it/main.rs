@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the message, in its helpers as well")]
 
+mod binary;
 mod house;
 
+mod bad_days;
 mod bank;
 mod cdc;
 mod dag;

@@ -42,6 +42,7 @@ use tokio_util::{
     task::TaskTracker,
 };
 
+use super::Health;
 use crate::{
     fault::{Diagnose, Fault},
     units::{Size, Span},
@@ -56,7 +57,7 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(1);
 pub struct Config {
     /// Where the logs lie; one broker at a time.
     pub dir: PathBuf,
-    /// The loopback port; 0 chooses a free one, because two data dirs may run side by side.
+    /// The loopback port; 0 chooses a free one at the first start and keeps it, because two data dirs may run side by side.
     pub port: u16,
     /// When a partition's oldest records may go.
     pub retention: Retention,
@@ -111,21 +112,6 @@ impl Default for Retention {
     }
 }
 
-/// How the broker is.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case", tag = "state")]
-pub enum Health {
-    Serving,
-    /// Records are refused (producers try again) until there is room; what is here can be read.
-    DiskFull {
-        free_bytes: u64,
-    },
-    /// The disk fails otherwise; records are refused until it does not.
-    Failing {
-        why: String,
-    },
-}
-
 /// What the broker has done since it started, and what it holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Stats {
@@ -165,9 +151,9 @@ impl Diagnose for Error {
             Self::Open { path, .. } => Fault::Operator(format!("make {} readable and writable for this user, or choose another data_dir", path.display())),
             Self::InUse { path } => Fault::Operator(format!("stop the broker that runs in {}, or choose another data_dir", path.display())),
             Self::Listen { port, source } if source.kind() == io::ErrorKind::AddrInUse => {
-                Fault::Operator(format!("stop what listens on port {port}, or choose another port for the embedded broker"))
+                Fault::Operator(format!("stop what listens on port {port}, or choose another embedded.kafka_port"))
             }
-            Self::Listen { .. } => Fault::Operator("choose another port for the embedded broker".to_owned()),
+            Self::Listen { .. } => Fault::Operator("choose another embedded.kafka_port".to_owned()),
             Self::Thread(_) => Fault::Transient,
         }
     }
@@ -187,14 +173,14 @@ pub struct Broker {
 impl Broker {
     /// Opens the logs (cutting what a crash tore), binds the port, serves.
     pub async fn start(config: Config) -> Result<Self, Error> {
-        let listen = |source| Error::Listen { port: config.port, source };
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, config.port)).await.map_err(listen)?;
-        let port = listener.local_addr().map_err(listen)?.port();
         let (stats, stats_seen) = watch::channel(Stats::default());
         let stats = Arc::new(stats);
         let opening = (config.clone(), Arc::clone(&stats));
         let opened = tokio::task::spawn_blocking(move || store::Store::open(&opening.0, opening.1)).await;
         let opened = opened.map_err(|error| Error::Thread(io::Error::other(error)))??;
+        let listen = |source| Error::Listen { port: config.port, source };
+        let (listener, port) = super::listen(config.port, &config.dir.join("port")).map_err(listen)?;
+        let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener)).map_err(listen)?;
         let (store, store_ended) = opened.store.spawn().map_err(Error::Thread)?;
 
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());

@@ -27,6 +27,7 @@ use super::{
     segment::{replace, sync_dir, wide},
     tell,
 };
+use crate::units::bytes_for_people;
 
 /// Jobs that may wait; beyond it a client's next request waits in its socket.
 const JOBS_MAX: usize = 1_024;
@@ -195,7 +196,7 @@ impl Store {
         let producer_ids = ProducerIds::open(dir).map_err(at(&dir.join("producer-ids")))?;
         let saved_holds = read_holds(dir).map_err(at(&dir.join("holds.json")))?;
         let holds = Arc::new(watch::channel(saved_holds.clone()).0);
-        let (health, health_seen) = watch::channel(Health::Serving);
+        let (health, health_seen) = watch::channel(Health::Well);
         let cluster_id = catalog.cluster_id.clone();
         let store = Self {
             dir: dir.clone(),
@@ -328,9 +329,9 @@ impl Store {
         }
         errors.extend(self.offsets.upkeep(now_ms).err());
         errors.iter().for_each(|error| self.trouble(error));
-        if errors.is_empty() && *self.health.borrow() != Health::Serving && self.has_room() && self.can_write() {
+        if errors.is_empty() && *self.health.borrow() != Health::Well && self.has_room() && self.can_write() {
             tracing::info!(dir = %self.dir.display(), "the broker's disk takes records again");
-            self.health.send_replace(Health::Serving);
+            self.health.send_replace(Health::Well);
         }
         self.count_logs();
     }
@@ -347,7 +348,7 @@ impl Store {
         let free_bytes = rustix::fs::statvfs(&self.dir).map_or(u64::MAX, |it| it.f_bavail.saturating_mul(it.f_frsize));
         let room = free_bytes >= self.free_min;
         if !room {
-            self.report(Health::DiskFull { free_bytes });
+            self.report_full(free_bytes);
         }
         room
     }
@@ -361,15 +362,28 @@ impl Store {
     fn trouble(&self, error: &io::Error) {
         let full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge);
         let free_bytes = || rustix::fs::statvfs(&self.dir).map_or(0, |it| it.f_bavail.saturating_mul(it.f_frsize));
-        self.report(if full { Health::DiskFull { free_bytes: free_bytes() } } else { Health::Failing { why: error.to_string() } });
+        if full {
+            self.report_full(free_bytes());
+        } else {
+            self.report(format!("the disk of {} fails ({error}): records are refused until it works again", self.dir.display()));
+        }
     }
 
-    fn report(&self, health: Health) {
-        let new = std::mem::discriminant(&*self.health.borrow()) != std::mem::discriminant(&health);
-        if new {
-            tracing::error!(dir = %self.dir.display(), state = ?health, "the broker refuses records until its disk takes them again");
-            self.health.send_replace(health);
-        }
+    fn report_full(&self, free_bytes: u64) {
+        let (dir, free) = (self.dir.display(), bytes_for_people(free_bytes));
+        self.report(format!("the disk of {dir} is full ({free} free): records are refused until you free space, none are lost"));
+    }
+
+    /// Said once, however the reason goes on: how much is free changes all the time.
+    fn report(&self, reason: String) {
+        self.health.send_if_modified(|it| {
+            let new = *it == Health::Well;
+            if new {
+                tracing::error!(reason, "the embedded broker refuses records");
+                *it = Health::Ailing(reason);
+            }
+            new
+        });
     }
 
     fn save_holds(&mut self) {

@@ -7,6 +7,8 @@ use std::{
     path::Path,
 };
 
+use tokio_util::sync::CancellationToken;
+
 use super::{Error, home::Home, process};
 use crate::{
     embedded::{Progress, random_hex, sync_parent, write_private},
@@ -39,8 +41,8 @@ const SETTINGS: [(&str, &str, &str); 19] = [
     ("jit", "off", "compiling costs more than our queries take"),
 ];
 
-/// Makes the cluster if there is none. Blocks for the length of `initdb`.
-pub(super) fn ensure(home: &Home, progress: &Progress) -> Result<(), Error> {
+/// Makes the cluster if there is none. Blocks for the length of `initdb`, or until told to stop.
+pub(super) fn ensure(home: &Home, progress: &Progress, stop: &CancellationToken) -> Result<(), Error> {
     let on_cluster = |source| Error::Dir { dir: home.cluster.clone(), source };
     let wanted = process::major(home)?;
     match fs::read_to_string(home.cluster.join("PG_VERSION")) {
@@ -63,9 +65,13 @@ pub(super) fn ensure(home: &Home, progress: &Progress) -> Result<(), Error> {
     let password = new_password(home)?;
     // Passwords in arguments are seen by every user of the machine; a file is not.
     let file = half.with_extension("pw");
-    let written = write_for(home, &file, password.reveal()).map_err(on_cluster).and_then(|()| process::initdb(home, &half, &file));
+    let written = write_for(home, &file, password.reveal()).map_err(on_cluster).and_then(|()| process::initdb(home, &half, &file, stop));
     fs::remove_file(&file).map_err(on_cluster)?;
-    written?;
+    if let Err(error) = written {
+        // What stays is swept by the next start.
+        let _ = fs::remove_dir_all(&half);
+        return Err(error);
+    }
     append(&half.join("postgresql.conf"), "include 'ledgerline.conf'\n").map_err(on_cluster)?;
     fs::rename(&half, &home.cluster).and_then(|()| sync_parent(&home.cluster)).map_err(on_cluster)
 }

@@ -26,6 +26,7 @@ use super::{Health, Progress};
 use crate::{
     fault::{Backoff, Diagnose, Fault},
     secret::Secret,
+    units::bytes_for_people,
 };
 
 /// For clients to be sent away and the last checkpoint to be written.
@@ -39,7 +40,7 @@ const STILL_EVERY: Duration = Duration::from_secs(10);
 /// One that lived longer than this died of something new: it is started again at once.
 const LIVED: Duration = Duration::from_secs(30);
 const DISK_EVERY: Duration = Duration::from_secs(5);
-/// Below this PostgreSQL is about to refuse writes; somebody should know before.
+/// Below this PostgreSQL soon finds no room for another piece of its log; somebody should know before.
 const DISK_BYTES_MIN: u64 = 64 << 20;
 /// For the children of a killed postmaster to notice.
 const MEMORY_GRACE: Duration = Duration::from_secs(10);
@@ -92,6 +93,8 @@ pub enum Error {
     Failed { what: &'static str, said: String },
     #[error("could not create database {database}")]
     Database { database: String, source: sqlx::Error },
+    #[error("told to stop while PostgreSQL was starting")]
+    Stopped,
     #[error("could not prepare PostgreSQL: a step panicked")]
     Panicked,
 }
@@ -108,13 +111,13 @@ impl Diagnose for Error {
             Self::NotACluster { cluster } => format!("move {} away, or choose another data_dir", cluster.display()),
             Self::Password { file, .. } => format!("bring {} back, or start anew with `ledgerline reset`", file.display()),
             Self::Port { port, source } if source.kind() == io::ErrorKind::AddrInUse => {
-                format!("stop the program that listens on 127.0.0.1:{port}, or choose another source.port")
+                format!("stop the program that listens on 127.0.0.1:{port}, or choose another embedded.postgres_port")
             }
-            Self::Port { port, .. } => format!("choose a source.port this user may listen on, instead of {port}"),
+            Self::Port { port, .. } => format!("choose an embedded.postgres_port this user may listen on, instead of {port}"),
             Self::DiskFull { dir } => format!("free disk space below {}", dir.display()),
             Self::Orphan { pid, .. } => format!("end process {pid}"),
             Self::Failed { .. } => "see what it said, and postgresql.log in the data dir".to_owned(),
-            Self::Database { .. } => return Fault::Transient,
+            Self::Database { .. } | Self::Stopped => return Fault::Transient,
             Self::Panicked => return Fault::Bug,
         })
     }
@@ -133,13 +136,19 @@ pub struct Server {
 impl Server {
     /// Makes the cluster if there is none, ends what an earlier run left, and returns once PostgreSQL answers.
     pub async fn start(config: Config, progress: &Progress) -> Result<Self, Error> {
-        let (prepare, lines) = (config.clone(), progress.clone());
-        let prepared = tokio::task::spawn_blocking(move || prepare_files(&prepare, &lines)).await;
+        Self::start_unless(config, progress, CancellationToken::new()).await
+    }
+
+    /// The same, until told to stop: then what has begun is ended before this returns, and nothing half made is left.
+    /// Dropped instead, it leaves that to the next start.
+    pub async fn start_unless(config: Config, progress: &Progress, stop: CancellationToken) -> Result<Self, Error> {
+        let (prepare, lines, until) = (config.clone(), progress.clone(), stop.clone());
+        let prepared = tokio::task::spawn_blocking(move || prepare_files(&prepare, &lines, &until)).await;
         let Prepared { lock, home, mut port, password } = prepared.map_err(|_| Error::Panicked)??;
         progress.say("starting PostgreSQL (usually 1 s; longer after a crash)");
         let (mut tries, began) = (1, Instant::now());
         let (cluster, postmaster) = loop {
-            let cluster = Cluster { home: home.clone(), port, password: password.clone(), progress: progress.clone() };
+            let cluster = Cluster { home: home.clone(), port, password: password.clone(), progress: progress.clone(), stop: stop.clone() };
             match cluster.launch().await {
                 Ok(postmaster) => break (cluster, postmaster),
                 Err(Error::Port { source, .. }) if config.port == 0 && tries < PORT_TRIES && source.kind() == io::ErrorKind::AddrInUse => {
@@ -156,8 +165,7 @@ impl Server {
         cluster.create_databases(&config.databases).await?;
         let (pid_in, pid) = watch::channel(postmaster.pid);
         let (health_in, health) = watch::channel(Health::Well);
-        let stop = CancellationToken::new();
-        let supervising = tokio::spawn(supervise(cluster, postmaster, pid_in, health_in, stop.clone(), lock));
+        let supervising = tokio::spawn(supervise(cluster, postmaster, pid_in, health_in, lock));
         Ok(Self { port, password, pid, health, stop, supervising: Some(supervising) })
     }
 
@@ -207,7 +215,7 @@ struct Prepared {
     password: Secret,
 }
 
-fn prepare_files(config: &Config, progress: &Progress) -> Result<Prepared, Error> {
+fn prepare_files(config: &Config, progress: &Progress, stop: &CancellationToken) -> Result<Prepared, Error> {
     let on_dir = |source| Error::Dir { dir: config.dir.clone(), source };
     std::fs::create_dir_all(&config.dir).map_err(on_dir)?;
     let lock = super::try_lock(&config.dir.join("lock")).map_err(on_dir)?.ok_or_else(|| Error::InUse { dir: config.dir.clone() })?;
@@ -219,7 +227,7 @@ fn prepare_files(config: &Config, progress: &Progress) -> Result<Prepared, Error
             progress.say("ended the PostgreSQL that an earlier run left behind");
         }
     }
-    cluster::ensure(&home, progress)?;
+    cluster::ensure(&home, progress, stop)?;
     let password = cluster::password(&home)?;
     let port = choose_port(&home, config.port)?;
     Ok(Prepared { lock, home, port, password })
@@ -242,6 +250,7 @@ struct Cluster {
     port: u16,
     password: Secret,
     progress: Progress,
+    stop: CancellationToken,
 }
 
 /// A postmaster that is ended with this value.
@@ -252,13 +261,17 @@ struct Postmaster {
 }
 
 impl Cluster {
-    /// Starts a postmaster and waits until it answers. Cancel-safe: dropped, it ends what it started.
+    /// Starts a postmaster and waits until it answers, or is told to stop. Cancel-safe: dropped, it ends what it started.
     async fn launch(&self) -> Result<Postmaster, Error> {
         let logged = process::log_size(&self.home);
         let child = process::spawn(&self.home)?;
         let mut postmaster = Postmaster { pid: child.id().unwrap_or(0), child, started: Instant::now() };
         let mut told = Instant::now();
         loop {
+            if self.stop.is_cancelled() {
+                postmaster.end(&self.home).await;
+                return Err(Error::Stopped);
+            }
             // Waiting for it also notices when it gives up.
             if timeout(READY_EVERY, postmaster.child.wait()).await.is_ok() {
                 return Err(process::verdict(&process::logged_since(&self.home, logged), &self.home, self.port));
@@ -309,7 +322,8 @@ impl Cluster {
     fn disk(&self) -> Health {
         match super::free_bytes(&self.home.cluster) {
             Ok(free) if free < DISK_BYTES_MIN => {
-                Health::Ailing(format!("the disk of {} is nearly full: PostgreSQL is about to refuse writes", self.home.cluster.display()))
+                let (place, free) = (self.home.cluster.display(), bytes_for_people(free));
+                Health::Ailing(format!("the disk of {place} is full ({free} free): PostgreSQL refuses writes until you free space, nothing is lost"))
             }
             _ => Health::Well,
         }
@@ -345,28 +359,28 @@ impl Drop for Postmaster {
 }
 
 /// Keeps a postmaster running until told to stop, then ends it. Holds the directory's lock as long.
-async fn supervise(cluster: Cluster, first: Postmaster, pid: watch::Sender<u32>, health: watch::Sender<Health>, stop: CancellationToken, lock: File) {
+async fn supervise(cluster: Cluster, first: Postmaster, pid: watch::Sender<u32>, health: watch::Sender<Health>, lock: File) {
     let mut postmaster = first;
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(10));
     let mut disk = tokio::time::interval(DISK_EVERY);
     loop {
         tokio::select! { biased;
-            () = stop.cancelled() => break,
+            () = cluster.stop.cancelled() => break,
             status = postmaster.child.wait() => {
                 let how = status.map_or_else(|error| error.to_string(), |it| it.to_string());
                 tracing::error!(how, "PostgreSQL died, starting it again");
                 health.send_replace(Health::Ailing(format!("PostgreSQL died ({how}) and is being started again")));
             }
             _ = disk.tick() => {
-                let now = cluster.disk();
-                health.send_if_modified(|it| std::mem::replace(it, now.clone()) != now);
+                process::trim_log(&cluster.home);
+                report(&health, cluster.disk());
                 continue;
             }
         }
         if postmaster.started.elapsed() > LIVED {
             backoff.reset();
         }
-        let Some(again) = stop.run_until_cancelled(revive(&cluster, &mut backoff, &health)).await else { break };
+        let Some(again) = cluster.stop.run_until_cancelled(revive(&cluster, &mut backoff, &health)).await else { break };
         postmaster = again;
         pid.send_replace(postmaster.pid);
         health.send_replace(Health::Well);
@@ -374,6 +388,19 @@ async fn supervise(cluster: Cluster, first: Postmaster, pid: watch::Sender<u32>,
     }
     postmaster.end(&cluster.home).await;
     drop(lock);
+}
+
+/// How the disk is, said once each time it changes.
+fn report(health: &watch::Sender<Health>, now: Health) {
+    health.send_if_modified(|it| {
+        match &now {
+            _ if *it == now => return false,
+            Health::Ailing(reason) => tracing::error!(reason, "PostgreSQL needs room"),
+            Health::Well => tracing::info!("PostgreSQL has room again"),
+        }
+        *it = now.clone();
+        true
+    });
 }
 
 /// Tries until it runs.

@@ -5,18 +5,19 @@ use std::{
     io::{self, Read as _, Seek as _, SeekFrom},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use tokio_util::sync::CancellationToken;
 
 use super::{Error, home::Home};
 
 /// An orphan that does not end by then is killed.
 const ORPHAN_GRACE: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
-/// The log is begun anew at a start once it is larger.
+/// The log is begun anew once it is larger; what was in it is kept beside it until the next time.
 const LOG_BYTES_MAX: u64 = 16 << 20;
 
 /// A command of this cluster's binaries, as this cluster's user.
@@ -41,13 +42,14 @@ pub(super) fn major(home: &Home) -> Result<String, Error> {
     version.map(str::to_owned).ok_or_else(|| Error::Failed { what: "postgres --version", said: last_words(&output.stderr) })
 }
 
-pub(super) fn initdb(home: &Home, cluster: &Path, password_file: &Path) -> Result<(), Error> {
+pub(super) fn initdb(home: &Home, cluster: &Path, password_file: &Path, stop: &CancellationToken) -> Result<(), Error> {
     let mut command = program(home, "initdb");
     // The builtin locale sorts and folds the same on every machine.
     command.args(["--username", super::cluster::SUPERUSER, "--auth=scram-sha-256", "--encoding=UTF8", "--no-instructions"]);
     command.args(["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]);
     command.arg("--pwfile").arg(password_file).arg("--pgdata").arg(cluster);
-    let output = command.output().map_err(|source| Error::Binaries { bin: home.bin.clone(), source })?;
+    let output = output_unless(&mut command, stop).map_err(|source| Error::Binaries { bin: home.bin.clone(), source })?;
+    let output = output.ok_or(Error::Stopped)?;
     if output.status.success() {
         return Ok(());
     }
@@ -55,17 +57,40 @@ pub(super) fn initdb(home: &Home, cluster: &Path, password_file: &Path) -> Resul
     Err(if said.contains("No space left on device") { Error::DiskFull { dir: cluster.to_owned() } } else { Error::Failed { what: "initdb", said } })
 }
 
+/// Runs a program that says little to its end. None: told to stop, and its whole group is gone.
+fn output_unless(command: &mut Command, stop: &CancellationToken) -> io::Result<Option<Output>> {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    while child.try_wait()?.is_none() {
+        if stop.is_cancelled() {
+            let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    child.wait_with_output().map(Some)
+}
+
 /// Starts the server; it is not ready yet.
 pub(super) fn spawn(home: &Home) -> Result<tokio::process::Child, Error> {
     let path = log(home);
     let on_log = |source| Error::Dir { dir: home.dir.clone(), source };
-    if fs::metadata(&path).is_ok_and(|it| it.len() > LOG_BYTES_MAX) {
-        fs::rename(&path, path.with_extension("log.old")).map_err(on_log)?;
-    }
     let log = OpenOptions::new().create(true).append(true).open(&path).map_err(on_log)?;
     let mut command = program(home, "postgres");
     command.arg("-D").arg(&home.cluster).stdout(log.try_clone().map_err(on_log)?).stderr(log);
     tokio::process::Command::from(command).spawn().map_err(|source| Error::Binaries { bin: home.bin.clone(), source })
+}
+
+/// Begins the log anew where it has grown too long. PostgreSQL only appends to it, so it goes on at the new beginning.
+pub(super) fn trim_log(home: &Home) {
+    let path = log(home);
+    if log_size(home) <= LOG_BYTES_MAX {
+        return;
+    }
+    let trimmed = fs::copy(&path, path.with_extension("log.old")).and_then(|_| OpenOptions::new().write(true).open(&path)?.set_len(0));
+    if let Err(error) = trimmed {
+        tracing::warn!(%error, log = %path.display(), "could not begin PostgreSQL's log anew");
+    }
 }
 
 pub(super) fn log(home: &Home) -> PathBuf {

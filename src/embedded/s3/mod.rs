@@ -140,9 +140,9 @@ impl Diagnose for Error {
             Self::Dir { dir, .. } => Fault::Operator(format!("make {} writable for this user, or choose another data_dir", dir.display())),
             Self::InUse { .. } => Fault::Operator("stop the other ledgerline on this data_dir, or choose another data_dir".to_owned()),
             Self::Port { port, source } if source.kind() == io::ErrorKind::AddrInUse => {
-                Fault::Operator(format!("stop the program that listens on 127.0.0.1:{port}, or choose another lake.port"))
+                Fault::Operator(format!("stop the program that listens on 127.0.0.1:{port}, or choose another embedded.s3_port"))
             }
-            Self::Port { port, .. } => Fault::Operator(format!("choose a lake.port this user may listen on, instead of {port}")),
+            Self::Port { port, .. } => Fault::Operator(format!("choose an embedded.s3_port this user may listen on, instead of {port}")),
             Self::Index(_) | Self::Files(_) => {
                 Fault::Operator("the store's files are damaged or unreadable: check the disk, or start anew with `ledgerline reset`".to_owned())
             }
