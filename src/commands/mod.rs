@@ -138,7 +138,7 @@ fn take_data_dir(root: &Path) -> Result<DataDir, Failure> {
 
 /// Starts embedded services with progress lines on stderr; ^C ends the preparation and leaves nothing behind.
 async fn start_services(loaded: &Loaded, data_dir: &DataDir, needs: Needs, interrupted: &CancellationToken) -> Result<Services, Failure> {
-    let progress = Progress::to(|line| eprintln!("{line}"));
+    let progress = Progress::to(|line| tell(line));
     let mut services = Services::new(loaded, data_dir).map_err(|error| Failure::from_error(&error))?;
     let started = tokio::select! {
         started = services.start(loaded, data_dir, needs, &progress) => started.map_err(|error| Failure::from_error(&error)),
@@ -165,6 +165,11 @@ pub(crate) fn print(text: &str) -> Result<(), Failure> {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::new(Exit::Away, format!("could not write to stdout: {error}"))),
         _ => Ok(()),
     }
+}
+
+/// Says a line to the person at the terminal. One that has died is no reason to fall over: what runs is ended in order.
+pub fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Asks a yes-or-no question on the terminal; without one the answer is no.
