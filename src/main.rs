@@ -10,7 +10,7 @@ fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: could not start the runtime: {error}");
+            commands::tell(&format!("error: could not start the runtime: {error}"));
             return Exit::Bug.into();
         }
     };
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(exit) => exit.into(),
         Err(failure) => {
-            eprintln!("{failure}");
+            commands::tell(&failure.to_string());
             failure.exit.into()
         }
     }

@@ -55,8 +55,9 @@ pub fn start(front: Front, folder: Option<&Path>) -> io::Result<Option<WorkerGua
             tui_logger::set_default_level(tui_logger::LevelFilter::Debug);
             registry.with(tui_logger::TuiTracingSubscriberLayer).init();
         }
-        Front::Stderr(LogFormat::Text) => registry.with(fmt::layer().with_writer(io::stderr).with_ansi(false)).init(),
-        Front::Stderr(LogFormat::Json) => registry.with(fmt::layer().json().with_writer(io::stderr)).init(),
+        // A stderr that is gone must not be complained about on stderr: that would panic in whichever stage speaks next.
+        Front::Stderr(LogFormat::Text) => registry.with(fmt::layer().with_writer(io::stderr).with_ansi(false).log_internal_errors(false)).init(),
+        Front::Stderr(LogFormat::Json) => registry.with(fmt::layer().json().with_writer(io::stderr).log_internal_errors(false)).init(),
     }
     Ok(guard)
 }

@@ -19,7 +19,7 @@ pub(super) async fn attach(loaded: &Loaded, look: &Look) -> Result<Exit, Failure
     // Its own log lines go to the pane; the pipeline's are in its file.
     let _logs = super::start_logs(super::log_front(true, crate::cli::LogFormat::Text), None)?;
     let (snapshots, reading) = watching.watch().await.map_err(|error| Failure::new(Exit::Away, error.to_string()))?;
-    let watched = tui::Watched { snapshots, commander: Commander::remote(asking), owned: false };
+    let watched = tui::Watched { snapshots, commander: Commander::remote(asking, path), folder: root.join("logs"), owned: false };
     let outcome = tui::run(watched, look, &interrupted).await;
     reading.abort();
     outcome.map_err(|error| Failure::new(Exit::Away, format!("the console ended: {error}")))?;

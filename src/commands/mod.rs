@@ -173,7 +173,7 @@ impl<'a> Limits<'a> {
 /// Starts embedded services with progress lines on stderr. Cut short at any moment, it leaves nothing behind.
 async fn start_services(loaded: &Loaded, data_dir: &DataDir, needs: Needs, limits: &Limits<'_>) -> Result<Services, Failure> {
     Services::check(loaded, needs).map_err(|error| Failure::usage(&error))?;
-    let progress = Progress::to(|line| eprintln!("{line}"));
+    let progress = Progress::to(|line| tell(line));
     let mut services = Services::new(loaded);
     let starting = async {
         if limits.strict {
@@ -207,6 +207,11 @@ pub(crate) fn print(text: &str) -> Result<(), Failure> {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::new(Exit::Away, format!("could not write to stdout: {error}"))),
         _ => Ok(()),
     }
+}
+
+/// Says a line to the person at the terminal. One that has died is no reason to fall over: what runs is ended in order.
+pub fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Asks a yes-or-no question on the terminal; without one the answer is no.

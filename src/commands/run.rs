@@ -52,7 +52,7 @@ pub(super) async fn run(loaded: &Loaded, flags: Run, log_format: LogFormat) -> R
     if !console {
         return headless::run(pipeline, ends, flags.summary.as_deref(), interrupted).await;
     }
-    let watched = tui::Watched { snapshots: pipeline.snapshots(), commander: pipeline.commander(), owned: true };
+    let watched = tui::Watched { snapshots: pipeline.snapshots(), commander: pipeline.commander(), folder: loaded.data_dir().join("logs"), owned: true };
     let outcome = tokio::select! {
         left = tui::run(watched, &flags.look, &interrupted) => left.map_err(|error| Failure::new(Exit::Away, format!("the console ended: {error}"))),
         reached = headless::reach(&pipeline, &ends, &interrupted) => reached,

@@ -25,7 +25,7 @@ pub(super) async fn services(loaded: &Loaded, output: Output) -> Result<Exit, Fa
     let mut services = super::start_services(loaded, &data_dir, Needs { dbt: false, ..Needs::ALL }, &super::Limits::of(&interrupted)).await?;
     let printed = print(&services.printed(), &output);
     if printed.is_ok() {
-        eprintln!("The services run until ^C.");
+        super::tell("The services run until ^C.");
         interrupted.cancelled().await;
     }
     services.stop().await;

@@ -1,6 +1,6 @@
 //! What an operator may ask of a running pipeline, and what it answers. A closed set: console, socket and command line share it.
 
-use std::num::NonZeroU32;
+use std::{num::NonZeroU32, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +28,19 @@ impl StageName {
             Self::Mail => "mail",
         }
     }
+
+    /// A stage that has not reported for this long is drawn stale. The mail looks into its outbox every other second, and
+    /// waits there for a database that others keep busy; flow depends on the rest.
+    pub const fn silence_max(self) -> Duration {
+        match self {
+            Self::Bank | Self::Cdc | Self::Lake | Self::Scheduler => STALE_AFTER,
+            Self::Mail => Duration::from_secs(30),
+        }
+    }
 }
+
+/// A stage in the flow that has not reported for this long is drawn stale.
+pub const STALE_AFTER: Duration = Duration::from_secs(3);
 
 impl std::fmt::Display for StageName {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -75,8 +87,35 @@ pub enum Command {
     Restart {
         stage: StageName,
     },
+    /// Look at what no snapshot carries. Changes nothing; what was found is the page of the reply.
+    Look {
+        at: Look,
+    },
     /// End the pipeline as ^C would.
     Shutdown,
+}
+
+/// What is read only when somebody wants to see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "what", rename_all = "snake_case")]
+pub enum Look {
+    /// The newest messages of a topic, by its name in the lake. What is a customer's is masked unless `revealed`.
+    Messages { table: String, revealed: bool },
+    /// The commit record behind a data object, and whether it is true.
+    CommitRecord { data: String },
+    /// Every chain and every object of the lake.
+    Proof,
+    /// What a task said, try by try.
+    TaskLog { dag_id: String, run_id: String, task_id: String },
+    /// The SQL of a dbt node as it ran.
+    Sql { unique_id: String },
+}
+
+impl Look {
+    /// What is looked at may change from one second to the next, by itself.
+    pub const fn moves(&self) -> bool {
+        matches!(self, Self::TaskLog { .. })
+    }
 }
 
 /// What became of a command. Asked in vain, it says why not.
@@ -89,11 +128,14 @@ pub struct Reply {
     pub tasks: Vec<String>,
     /// The run that was started or changed.
     pub run_id: Option<String>,
+    /// What a look found, line by line.
+    #[serde(default)]
+    pub page: Vec<String>,
 }
 
 impl Reply {
     pub fn done(text: impl Into<String>) -> Self {
-        Self { ok: true, text: text.into(), tasks: Vec::new(), run_id: None }
+        Self { ok: true, text: text.into(), tasks: Vec::new(), run_id: None, page: Vec::new() }
     }
 
     pub fn refused(text: impl Into<String>) -> Self {

@@ -4,7 +4,7 @@
 //! supervises them by what their errors mean, publishes one snapshot ten times a second, and carries an operator's commands
 //! to the stage they are for. It holds no logic of theirs.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use chrono::Utc;
 use tokio::{
@@ -28,6 +28,7 @@ use crate::{
 pub mod command;
 pub mod data_dir;
 pub mod goal;
+mod look;
 mod obey;
 pub mod reach;
 pub mod services;
@@ -40,6 +41,7 @@ pub mod verdict;
 
 use command::{Command, Reply, StageName};
 use data_dir::DataDir;
+use look::Eyes;
 use obey::obey;
 use services::Services;
 use snapshot::{Sampler, Snapshot, Sources};
@@ -118,17 +120,48 @@ struct Running {
 pub struct Commander(mpsc::Sender<(Command, oneshot::Sender<Reply>)>);
 
 impl Commander {
-    /// Asks a pipeline in another process.
-    pub fn remote(mut client: socket::Client) -> Self {
+    /// Asks a pipeline in another process. Orders keep their order; a look has a line of its own and holds up nobody.
+    pub fn remote(mut client: socket::Client, path: PathBuf) -> Self {
         let (asks, mut asked) = mpsc::channel::<(Command, oneshot::Sender<Reply>)>(COMMANDS_MAX);
         tokio::spawn(async move {
+            let away = |error: std::io::Error| Reply::refused(format!("the pipeline does not answer: {error}"));
             while let Some((command, reply)) = asked.recv().await {
-                let answer = client.ask(command).await.unwrap_or_else(|error| Reply::refused(format!("the pipeline does not answer: {error}")));
+                if matches!(command, Command::Look { .. }) {
+                    let path = path.clone();
+                    tokio::spawn(async move {
+                        let answer = match socket::Client::connect(&path).await {
+                            Some(mut looking) => looking.ask(command).await.unwrap_or_else(away),
+                            None => Reply::refused("the pipeline has ended"),
+                        };
+                        let _ = reply.send(answer);
+                    });
+                    continue;
+                }
                 // Whoever asked may have left.
-                let _ = reply.send(answer);
+                let _ = reply.send(client.ask(command).await.unwrap_or_else(away));
             }
         });
         Self(asks)
+    }
+
+    /// A commander and the end at which its commands arrive.
+    #[cfg(test)]
+    pub(crate) fn pair() -> (Self, mpsc::Receiver<(Command, oneshot::Sender<Reply>)>) {
+        let (asks, asked) = mpsc::channel(COMMANDS_MAX);
+        (Self(asks), asked)
+    }
+
+    /// Hands a command in, at once and in the order of the calls; the answer comes later. Never waits.
+    pub fn post(&self, command: Command) -> oneshot::Receiver<Reply> {
+        let (reply, answer) = oneshot::channel();
+        if let Err(refused) = self.0.try_send((command, reply)) {
+            let (why, (_, reply)) = match refused {
+                mpsc::error::TrySendError::Full(asked) => ("too many commands wait already; ask again in a moment", asked),
+                mpsc::error::TrySendError::Closed(asked) => ("the pipeline is ending", asked),
+            };
+            let _ = reply.send(Reply::refused(why));
+        }
+        answer
     }
 
     /// Carries a command to its stage and waits for the answer, not for the effect: that shows in a snapshot.
@@ -229,7 +262,7 @@ impl Pipeline {
         let (asks, asked) = mpsc::channel(COMMANDS_MAX);
         let commander = Commander(asks);
         let again = stages.iter().map(|(name, stage)| (*name, Arc::clone(&stage.again))).collect();
-        tokio::spawn(obey(wishes.clone(), again, snapshots.clone(), asked, shutdown.clone()));
+        tokio::spawn(obey(wishes.clone(), again, snapshots.clone(), asked, shutdown.clone(), Eyes::new(&services.addresses, &topics, helpers.clone())));
 
         let path = data_dir::socket_path(&loaded.data_dir());
         let listening = socket::serve(&path, commander.clone(), snapshots.clone(), services.printed(), helpers.clone());

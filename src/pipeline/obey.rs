@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, mpsc, oneshot, watch},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -11,6 +14,7 @@ use crate::{bank, dag, stage::Phase};
 use super::{
     Wishes,
     command::{Command, Reply, StageName},
+    look::Eyes,
     snapshot::Snapshot,
 };
 
@@ -23,9 +27,17 @@ pub(super) async fn obey(
     snapshots: watch::Receiver<Arc<Snapshot>>,
     mut asked: Asked,
     shutdown: CancellationToken,
+    eyes: Eyes,
 ) {
     let room = Room { wishes, again, snapshots, shutdown };
     while let Some((command, reply)) = asked.recv().await {
+        // A look takes as long as what it looks at; nobody else waits for it.
+        if let Command::Look { at } = command {
+            let (eyes, now, runtime) = (eyes.clone(), Arc::clone(&room.snapshots.borrow()), Handle::current());
+            // On a thread that may wait: hashing a lake takes its time.
+            tokio::task::spawn_blocking(move || drop(reply.send(runtime.block_on(eyes.look(at, &now)))));
+            continue;
+        }
         info!(?command, "asked by an operator");
         match room.order(&command) {
             // Orders to the DAG engine may wait for its database; other commands must not wait for them.
@@ -67,7 +79,8 @@ impl Room {
                 (dag::Order::Clear { dag_id: dag_id.clone(), run_id: newest(dag_id, run_id), task_id: task_id.clone() }, *dry_run)
             }
             Command::Cancel { dag_id, dry_run } => (dag::Order::Cancel { dag_id: dag_id.clone(), run_id: newest(dag_id, &None) }, *dry_run),
-            Command::Pause { .. } | Command::Resume { .. } | Command::Rate { .. } | Command::Step | Command::Restart { .. } | Command::Shutdown => return None,
+            Command::Pause { .. } | Command::Resume { .. } | Command::Rate { .. } | Command::Step | Command::Restart { .. } => return None,
+            Command::Look { .. } | Command::Shutdown => return None,
         })
     }
 
@@ -97,7 +110,9 @@ impl Room {
                 self.shutdown.cancel();
                 Reply::done("the pipeline ends")
             }
-            Command::Trigger { .. } | Command::Retry { .. } | Command::Clear { .. } | Command::Cancel { .. } => Reply::refused("this is for the DAG engine"),
+            Command::Trigger { .. } | Command::Retry { .. } | Command::Clear { .. } | Command::Cancel { .. } | Command::Look { .. } => {
+                Reply::refused("this is not for a stage")
+            }
         }
     }
 
@@ -129,7 +144,7 @@ fn answered(answer: Result<dag::Answer, dag::Refusal>, dry_run: bool) -> Reply {
     match answer {
         Ok(answer) => {
             let text = if dry_run { format!("would: {}", answer.said) } else { answer.said };
-            Reply { ok: true, text, tasks: answer.tasks, run_id: answer.run_id }
+            Reply { tasks: answer.tasks, run_id: answer.run_id, ..Reply::done(text) }
         }
         Err(refusal) => Reply::refused(refusal.to_string()),
     }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -18,11 +18,11 @@ use super::{command::StageName, supervise::Health, verdict::Verdict, verdict::ve
 /// How often the stages' stats become a snapshot.
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
 
-/// A stage that has not reported for this long is drawn stale.
-pub const STALE_AFTER: Duration = Duration::from_secs(3);
-
 /// Rates are kept for a minute, one value a second.
 pub const HISTORY_SECONDS: usize = 60;
+
+/// Money that has not moved for this long stands still; what comes then is a new flow.
+const FLOW_BREAK: TimeDelta = TimeDelta::seconds(10);
 
 /// Everything a front end knows about the pipeline.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,6 +45,8 @@ pub struct Snapshot {
     pub mail: notify::Stats,
     /// Throughput per topic, by its name in the lake.
     pub flow: BTreeMap<String, Flow>,
+    /// Since when messages flow without a break; None while they do not.
+    pub flowing_since: Option<DateTime<Utc>>,
     /// Resident memory of this process in bytes, now and at its peak.
     pub rss_bytes: u64,
     pub rss_peak_bytes: u64,
@@ -58,16 +60,18 @@ pub struct StageView {
     /// What the operator wishes; the stage's own stats say what it does.
     pub wanted: Phase,
     pub phase: Phase,
+    /// Since when wish and phase are as they are.
+    pub since: DateTime<Utc>,
     /// When the stage last reported.
     pub reported_at: DateTime<Utc>,
 }
 
 impl StageView {
     /// A stage that holds still has nothing to report; that is not silence.
-    pub fn is_stale(&self, now: DateTime<Utc>) -> bool {
+    pub fn is_stale(&self, name: StageName, now: DateTime<Utc>) -> bool {
         self.health == Health::Working
             && self.phase == Phase::Running
-            && now.signed_duration_since(self.reported_at).to_std().is_ok_and(|silent| silent > STALE_AFTER)
+            && now.signed_duration_since(self.reported_at).to_std().is_ok_and(|silent| silent > name.silence_max())
     }
 }
 
@@ -120,7 +124,11 @@ pub(super) struct Sampler {
     sources: Sources,
     started_at: DateTime<Utc>,
     reported_at: BTreeMap<StageName, DateTime<Utc>>,
+    /// Wish and phase of each stage, and since when.
+    held: BTreeMap<StageName, (Phase, Phase, DateTime<Utc>)>,
     flow: BTreeMap<String, Flow>,
+    /// When the flow began, and when a message last came.
+    flowing: Option<(DateTime<Utc>, DateTime<Utc>)>,
     /// When the current second of the flow began, and each topic's total then.
     second: (Instant, BTreeMap<String, u64>),
 }
@@ -128,7 +136,7 @@ pub(super) struct Sampler {
 impl Sampler {
     pub(super) fn new(sources: Sources, now: DateTime<Utc>) -> Self {
         let reported_at = StageName::ALL.into_iter().map(|name| (name, now)).collect();
-        Self { sources, started_at: now, reported_at, flow: BTreeMap::new(), second: (Instant::now(), BTreeMap::new()) }
+        Self { sources, started_at: now, reported_at, held: BTreeMap::new(), flow: BTreeMap::new(), flowing: None, second: (Instant::now(), BTreeMap::new()) }
     }
 
     pub(super) async fn run(mut self, sender: watch::Sender<Arc<Snapshot>>, stop: CancellationToken) {
@@ -146,18 +154,26 @@ impl Sampler {
     pub(super) fn sample(&mut self, now: DateTime<Utc>, instant: Instant) -> Snapshot {
         self.note_reports(now);
         self.measure_flow(instant);
+        self.note_flow(now);
         let sources = &self.sources;
         let (bank, cdc, lake) = (sources.bank.borrow().clone(), sources.cdc.borrow().clone(), sources.lake.borrow().clone());
         let phases = BTreeMap::from([(StageName::Bank, bank.phase), (StageName::Cdc, cdc.phase), (StageName::Lake, lake.phase)]);
+        let held = &mut self.held;
         let stages = StageName::ALL
             .into_iter()
             .map(|name| {
                 let wished = || if name == StageName::Bank { sources.wish.borrow().phase } else { Phase::Running };
                 let wanted = sources.wanted.get(&name).map_or_else(wished, |it| *it.borrow());
+                let phase = phases.get(&name).copied().unwrap_or(wanted);
+                let stands = held.entry(name).or_insert((wanted, phase, now));
+                if (stands.0, stands.1) != (wanted, phase) {
+                    *stands = (wanted, phase, now);
+                }
                 let view = StageView {
                     health: sources.health.get(&name).map_or(Health::Off, |it| it.borrow().clone()),
                     wanted,
-                    phase: phases.get(&name).copied().unwrap_or(wanted),
+                    phase,
+                    since: stands.2,
                     reported_at: self.reported_at.get(&name).copied().unwrap_or(now),
                 };
                 (name, view)
@@ -180,6 +196,7 @@ impl Sampler {
             refresh: sources.refresh.borrow().clone(),
             mail: sources.mail.borrow().clone(),
             flow: self.flow.clone(),
+            flowing_since: self.flowing.map(|it| it.0),
             rss_bytes,
             rss_peak_bytes,
             verdict: Verdict::default(),
@@ -228,6 +245,19 @@ impl Sampler {
     }
 }
 
+impl Sampler {
+    /// A second without a message is a pause between two; only a longer one ends the flow.
+    fn note_flow(&mut self, now: DateTime<Utc>) {
+        let flows = self.flow.values().any(|it| it.per_second > 0);
+        self.flowing = match (self.flowing, flows) {
+            (Some((since, last)), true) if now - last < FLOW_BREAK => Some((since, now)),
+            (_, true) => Some((now, now)),
+            (Some((since, last)), false) if now - last < FLOW_BREAK => Some((since, last)),
+            (_, false) => None,
+        };
+    }
+}
+
 /// One topic over all its partitions, as the broker and the lake last saw it.
 #[derive(Debug, Clone, Copy, Default)]
 struct Total {
@@ -237,7 +267,9 @@ struct Total {
 
 fn totals(lake: &lake::Stats) -> BTreeMap<String, Total> {
     let mut totals: BTreeMap<String, Total> = BTreeMap::new();
-    for lane in &lake.lanes {
+    // A topic counts once all its ends have been seen: what lay in it before would look like a flood.
+    let known = |table: &str| lake.lanes.iter().filter(|it| it.table == table).all(|it| it.end_offset.is_some());
+    for lane in lake.lanes.iter().filter(|it| known(&it.table)) {
         let total = totals.entry(lane.table.clone()).or_default();
         let end = lane.end_offset.max(lane.landed_offset).unwrap_or_default();
         total.produced += u64::try_from(end).unwrap_or_default();

@@ -84,20 +84,20 @@ fn failed_task(now: &Snapshot) -> Option<Verdict> {
     let task = run.tasks.iter().find(|it| it.state == TaskState::Failed);
     let (name, error) = task.map_or((run.dag_id.as_str(), "cancelled"), |it| (it.task_id.as_str(), it.error.as_deref().unwrap_or("failed")));
     let when = run.finished_at.map(|at| format!(" {} ago", ago(now.at, at))).unwrap_or_default();
-    failed(format!("{name} failed{when}: {error} · r retries"))
+    failed(format!("{name} failed{when}: {error} · 3 Enter shows its log · r retries"))
 }
 
 fn waiting_stage(now: &Snapshot) -> Option<Verdict> {
     let said = now.stages.iter().find_map(|(name, stage)| match &stage.health {
+        // What waits is safe where it waits; that is the first thing to know at night.
+        Health::Waiting { reason, since } if *name == StageName::Lake => {
+            Some(format!("{name} waits for {}: {reason} · {}", ago(now.at, *since), in_kafka(now)))
+        }
         Health::Waiting { reason, since } => Some(format!("{name} waits for {}: {reason}", ago(now.at, *since))),
         _ => None,
     });
     let within = || {
-        let lake = now
-            .lake
-            .store_trouble
-            .as_ref()
-            .map(|why| format!("S3 away: {why} · {} records wait in Kafka, none lost", grouped(now.lake.lag().unwrap_or_default())));
+        let lake = now.lake.store_trouble.as_ref().map(|why| format!("S3 away: {why} · {}", in_kafka(now)));
         let kafka = now.lake.kafka_trouble.as_ref().map(|why| format!("lake: Kafka away: {why}"));
         let bank = now.bank.waiting.as_ref().map(|why| format!("bank waits: {why}"));
         let dag = now.dag.away.as_ref().map(|why| format!("scheduler waits: {why}"));
@@ -105,6 +105,10 @@ fn waiting_stage(now: &Snapshot) -> Option<Verdict> {
         lake.or(kafka).or(broker).or(bank).or(dag)
     };
     late_because(said.or_else(within)?)
+}
+
+fn in_kafka(now: &Snapshot) -> String {
+    format!("{} records wait in Kafka, none lost", grouped(now.lake.lag().unwrap_or_default()))
 }
 
 fn ailing_service(now: &Snapshot) -> Option<Verdict> {
@@ -120,7 +124,7 @@ fn stopped_lane(now: &Snapshot) -> Option<Verdict> {
 }
 
 fn stale_stage(now: &Snapshot) -> Option<Verdict> {
-    let (name, stage) = now.stages.iter().find(|(_, stage)| stage.is_stale(now.at))?;
+    let (name, stage) = now.stages.iter().find(|(name, stage)| stage.is_stale(**name, now.at))?;
     late_because(format!("{name} has said nothing for {}", ago(now.at, stage.reported_at)))
 }
 
@@ -130,9 +134,9 @@ fn paused(now: &Snapshot) -> Option<Verdict> {
         return Some(Verdict { level: Level::Note, text: "The schedule is held · runs in progress and ordered ones go on".to_owned() });
     }
     let word = match (stage.wanted, stage.phase) {
-        (Phase::Paused, Phase::Running) => "pausing…",
-        (Phase::Running, Phase::Paused) => "resuming…",
-        _ => "paused by you · p resumes",
+        (Phase::Paused, Phase::Running) => "pausing…".to_owned(),
+        (Phase::Running, Phase::Paused) => "resuming…".to_owned(),
+        _ => format!("paused by you {} ago · p resumes", ago(now.at, stage.since)),
     };
     Some(Verdict { level: Level::Note, text: format!("{} {word}", capitalised(name.as_str())) })
 }
@@ -141,11 +145,12 @@ fn late(now: &Snapshot) -> Option<Verdict> {
     if now.cdc.lag_bytes > WAL_LATE_BYTES {
         return late_because(format!("cdc is {} behind", crate::units::bytes_for_people(now.cdc.lag_bytes)));
     }
-    let cut = now.cut()?;
-    let money_moves = now.bank.phase == Phase::Running && now.bank.clock.is_some_and(|clock| clock > cut.committed_at) && now.messages_per_second() > 0;
-    let age = (now.at - cut.committed_at).num_seconds();
-    if money_moves && age > CUT_LATE_SECONDS {
-        return late_because(format!("KPIs stand still: as of {}, {} old", clock(cut.committed_at), ago(now.at, cut.committed_at)));
+    let (cut, flowing_since) = (now.cut()?, now.flowing_since?);
+    let money_moves = now.bank.phase == Phase::Running && now.bank.clock.is_some_and(|clock| clock > cut.committed_at);
+    // Neither the time between two invocations nor a pause of the bank is anybody's delay.
+    let standing = (now.at - cut.committed_at.max(flowing_since)).num_seconds();
+    if money_moves && standing > CUT_LATE_SECONDS {
+        return late_because(format!("KPIs stand still: as of {}, {} old, and money moves", clock(cut.committed_at), ago(now.at, cut.committed_at)));
     }
     None
 }
@@ -155,7 +160,7 @@ fn preparing(now: &Snapshot) -> Option<Verdict> {
         return None;
     }
     let flowing = grouped(now.messages_per_second());
-    Some(Verdict { level: Level::Note, text: format!("Starting · {flowing} msg/s · no KPIs yet, the first run makes them") })
+    Some(Verdict { level: Level::Note, text: format!("Starting · {flowing} msg/s · no KPIs yet, the next dbt run makes them") })
 }
 
 fn all_well(now: &Snapshot) -> Verdict {

@@ -7,6 +7,7 @@ use bytes::Bytes;
 pub mod consumer;
 pub mod producer;
 pub mod records;
+pub mod tail;
 pub mod topics;
 
 /// Settings of the stream, `[stream]` in `config.toml`.

@@ -18,7 +18,7 @@ use super::{
 use crate::fault::{Diagnose, Fault};
 
 /// How long the broker may take for one answer.
-const ANSWER_MAX: Duration = Duration::from_secs(10);
+pub(super) const ANSWER_MAX: Duration = Duration::from_secs(10);
 
 /// A topic somebody needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -212,7 +212,7 @@ impl Topics {
     }
 }
 
-fn settings(bootstrap_servers: &str) -> ClientConfig {
+pub(super) fn settings(bootstrap_servers: &str) -> ClientConfig {
     let mut settings = ClientConfig::new();
     settings
         .set("bootstrap.servers", bootstrap_servers)

@@ -1,34 +1,36 @@
 //! What the console remembers: where one looks, what is selected, typed and asked. Action in, effect out; nothing here
 //! waits, and nothing here pretends: what the pipeline does is only ever read from a snapshot.
 
-use std::{collections::VecDeque, num::NonZeroU32, time::Duration};
+use std::{cell::Cell, collections::VecDeque, num::NonZeroU32, time::Duration};
 
 use chrono::{DateTime, Utc};
-use tui_logger::{LevelFilter, TuiWidgetEvent};
+use tui_logger::TuiWidgetEvent;
 
 use crate::{
     bank::Rate,
-    dag::{RunRef, RunState, TaskState},
+    dag::{DagStats, RunRef, TaskState},
     pipeline::{
-        command::{Command, Reply, StageName},
+        command::{Command, Look, Reply},
         snapshot::Snapshot,
-        supervise::Health,
     },
-    refresh::{self, KpiStats},
-    stage::Phase,
+    refresh::KpiStats,
 };
 
 use super::{
     keys::{Action, Pane, Place},
+    logs::Logs,
+    orders::for_real,
+    page::Page,
     palette::{self, Asked},
+    pulse::Pulse,
     rows,
 };
 
 /// How long an answer stays in the footer.
 const MESSAGE_SECONDS: i64 = 6;
 
-/// A wish that was asked counts as the base of the next one so long, while the snapshot is still on its way.
-const WISH_FRESH_SECONDS: i64 = 2;
+/// A rate that was asked for and that no snapshot shows after this is not on its way any more.
+const WISH_SECONDS_MAX: i64 = 5;
 
 /// Refreshes of the KPIs that are remembered for the lines beside the numbers.
 const TREND_KEPT: usize = 120;
@@ -36,16 +38,14 @@ const TREND_KEPT: usize = 120;
 /// Rows that PgUp and PgDn move.
 const PAGE: usize = 10;
 
-/// Levels of the log, fewest lines first.
-pub(super) const LEVELS: [LevelFilter; 4] = [LevelFilter::Error, LevelFilter::Warn, LevelFilter::Info, LevelFilter::Debug];
-
 /// What must happen outside.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Effect {
     None,
     Send(Command, Purpose),
     Log(TuiWidgetEvent),
-    LogLevel(LevelFilter),
+    /// Write what the log shows into a file.
+    SaveLog,
     Suspend,
     Redraw,
     Quit,
@@ -58,16 +58,28 @@ pub(super) enum Purpose {
     Do,
     /// Only to learn what it would touch; then the operator is asked.
     Rehearse,
+    /// To be read: the answer goes on the page that asked.
+    Read,
 }
 
 /// What lies on top of the screen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum OnTop {
-    Help { scroll: usize },
-    Details { scroll: usize },
+    Help {
+        scroll: usize,
+    },
+    Details(Page),
+    /// The letters: what waits and why, what left.
+    Outbox {
+        scroll: usize,
+    },
     Question(Question),
-    Filter { text: String },
-    Palette { text: String },
+    Filter {
+        text: String,
+    },
+    Palette {
+        text: String,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,14 +112,21 @@ pub(super) struct App {
     pub(super) silent: Option<Duration>,
     /// Panes side by side in the overview, for moving between them.
     pub(super) columns: usize,
+    /// How far what lies on top can be scrolled, as it was drawn last.
+    pub(super) sheet_end: Cell<usize>,
+    pub(super) logs: Logs,
+    pub(super) pulse: Pulse,
+    /// What the last walk through the whole lake came to.
+    pub(super) proof: Option<Message>,
     /// The KPIs of earlier refreshes, oldest first.
     pub(super) trend: VecDeque<KpiStats>,
     selected: [usize; 6],
     filters: [String; 6],
     /// The run chosen in the grid; None is the newest, whichever that is.
     run: Option<RunRef>,
-    loudness: usize,
-    rate_asked: Option<(NonZeroU32, DateTime<Utc>)>,
+    /// The object chosen in the lake by its key; None is the newest.
+    object: Option<String>,
+    pub(super) rate_asked: Option<(NonZeroU32, DateTime<Utc>)>,
 }
 
 impl App {
@@ -120,18 +139,22 @@ impl App {
             owned,
             silent: None,
             columns: 2,
+            sheet_end: Cell::new(0),
+            logs: Logs::default(),
+            pulse: Pulse::default(),
+            proof: None,
             trend: VecDeque::new(),
             selected: [0; 6],
             filters: Default::default(),
             run: None,
-            loudness: 2,
+            object: None,
             rate_asked: None,
         }
     }
 
     pub(super) fn place(&self) -> Place {
         match &self.on_top {
-            Some(OnTop::Help { .. } | OnTop::Details { .. }) => Place::Sheet,
+            Some(OnTop::Help { .. } | OnTop::Details(_) | OnTop::Outbox { .. }) => Place::Sheet,
             Some(OnTop::Question(_)) => Place::Question,
             Some(OnTop::Filter { .. } | OnTop::Palette { .. }) => Place::Typing,
             None if self.zoomed => Place::Screen(self.focus),
@@ -147,12 +170,14 @@ impl App {
         &self.filters[pane.place()]
     }
 
-    pub(super) fn level(&self) -> LevelFilter {
-        LEVELS[self.loudness]
+    /// The place of the chosen object among the newest; one that has fallen out of them is the last.
+    pub(super) fn object_of(&self, objects: &[&crate::lake::NewObject]) -> usize {
+        let chosen = self.object.as_ref().map(|key| objects.iter().position(|it| it.key == *key));
+        chosen.map_or(0, |it| it.unwrap_or(objects.len().saturating_sub(1)))
     }
 
     /// The place of the chosen run among those of a DAG, newest first.
-    pub(super) fn run_of(&self, dag: &crate::dag::DagStats) -> usize {
+    pub(super) fn run_of(&self, dag: &DagStats) -> usize {
         let chosen = self.run.as_ref().filter(|it| it.dag_id == dag.dag_id);
         chosen.and_then(|it| dag.runs.iter().position(|run| run.run_id == it.run_id)).unwrap_or_default()
     }
@@ -166,6 +191,10 @@ impl App {
             while self.trend.len() > TREND_KEPT {
                 self.trend.pop_front();
             }
+        }
+        let shown = |rate| now.wish.rate == Rate::PerSecond(rate);
+        if self.rate_asked.is_some_and(|(rate, at)| shown(rate) || (now.at - at).num_seconds() > WISH_SECONDS_MAX) {
+            self.rate_asked = None;
         }
         if self.message.as_ref().is_some_and(|it| (now.at - it.at).num_seconds() >= MESSAGE_SECONDS) {
             self.message = None;
@@ -190,7 +219,10 @@ impl App {
                 self.focus = pane;
                 self.go_in(now);
             }
-            Action::Enter => self.enter(now),
+            Action::Enter => return self.enter(now),
+            Action::Verify => return self.open(Page::asking(Look::Proof, now)),
+            Action::Reveal => return self.reveal(now),
+            Action::Mails => self.on_top = Some(OnTop::Outbox { scroll: 0 }),
             Action::Back => return self.back(),
             Action::NextPane => self.focus = self.focus.step(1),
             Action::PreviousPane => self.focus = self.focus.step(-1),
@@ -205,8 +237,10 @@ impl App {
             Action::Clear => return self.clear(now),
             Action::Cancel => return self.cancel(now),
             Action::Restart => return self.restart(now),
-            Action::Louder => return self.set_loudness(self.loudness + 1),
-            Action::Quieter => return self.set_loudness(self.loudness.saturating_sub(1)),
+            Action::Louder => self.logs.louder(),
+            Action::Quieter => self.logs.quieter(),
+            Action::Freeze => self.logs.freeze(),
+            Action::SaveLog => return Effect::SaveLog,
             Action::Yes => return self.yes(),
             Action::No => self.on_top = None,
             Action::Type(_) | Action::Erase | Action::Complete | Action::Accept | Action::Dismiss => return self.typed(action, now),
@@ -216,6 +250,13 @@ impl App {
 
     /// An answer of the pipeline. What a rehearsal told becomes a question.
     pub(super) fn hear(&mut self, asked: Command, purpose: Purpose, reply: Reply, now: &Snapshot) {
+        if let Command::Look { at } = asked {
+            self.read(&at, reply, now);
+            return;
+        }
+        if matches!(asked, Command::Rate { .. }) && !reply.ok {
+            self.rate_asked = None;
+        }
         if purpose == Purpose::Do || !reply.ok {
             self.say(reply.ok, reply.text, now);
             return;
@@ -230,7 +271,7 @@ impl App {
         self.message = Some(Message { ok, text: text.into(), at: now.at });
     }
 
-    fn refuse(&mut self, text: impl Into<String>, now: &Snapshot) -> Effect {
+    pub(super) fn refuse(&mut self, text: impl Into<String>, now: &Snapshot) -> Effect {
         self.say(false, text, now);
         Effect::None
     }
@@ -247,11 +288,14 @@ impl App {
         }
     }
 
-    fn enter(&mut self, now: &Snapshot) {
+    fn enter(&mut self, now: &Snapshot) -> Effect {
         if !self.zoomed {
             self.go_in(now);
-        } else if rows::count(self.focus, now, self.filter(self.focus)) > 0 {
-            self.on_top = Some(OnTop::Details { scroll: 0 });
+            return Effect::None;
+        }
+        match self.page_here(now) {
+            Some(page) => self.open(page),
+            None => self.refuse("nothing is selected here that has more to tell", now),
         }
     }
 
@@ -263,7 +307,7 @@ impl App {
         }
         let failed = match self.focus {
             Pane::Dags => {
-                let newest = |it: &crate::dag::DagStats, task: &str| {
+                let newest = |it: &DagStats, task: &str| {
                     it.runs
                         .first()
                         .is_some_and(|run| run.tasks.iter().any(|it| it.task_id == task && matches!(it.state, TaskState::Failed | TaskState::UpForRetry)))
@@ -290,14 +334,23 @@ impl App {
     fn set_filter(&mut self, text: String) -> Effect {
         self.filters[self.focus.place()] = text;
         self.selected[self.focus.place()] = 0;
+        self.object = None;
         // A scrolled log holds on to a line that the new filter may hide.
         if self.focus == Pane::Log { Effect::Log(TuiWidgetEvent::EscapeKey) } else { Effect::None }
     }
 
     fn walk(&mut self, action: Action, now: &Snapshot) -> Effect {
-        if let Some(OnTop::Help { scroll } | OnTop::Details { scroll }) = &mut self.on_top {
-            *scroll = moved(*scroll, action, usize::MAX);
-            return Effect::None;
+        let end = self.sheet_end.get();
+        match &mut self.on_top {
+            Some(OnTop::Help { scroll } | OnTop::Outbox { scroll }) => {
+                *scroll = moved((*scroll).min(end), action, end);
+                return Effect::None;
+            }
+            Some(OnTop::Details(page)) => {
+                page.scroll_to(moved(page.scroll.min(end), action, end), end);
+                return Effect::None;
+            }
+            _ => {}
         }
         if !self.zoomed {
             self.walk_panes(action);
@@ -307,7 +360,14 @@ impl App {
             (Pane::Log, Action::Up | Action::PageUp | Action::First) => return Effect::Log(TuiWidgetEvent::PrevPageKey),
             (Pane::Log, Action::Down | Action::PageDown) => return Effect::Log(TuiWidgetEvent::NextPageKey),
             (Pane::Log, Action::Last) => return Effect::Log(TuiWidgetEvent::EscapeKey),
+            (Pane::Log, Action::Left | Action::Right) => self.logs.step(action == Action::Right),
             (Pane::Dags, Action::Left | Action::Right) => self.walk_runs(action == Action::Left, now),
+            (Pane::Lake, _) => {
+                let objects = rows::objects(now, self.filter(Pane::Lake));
+                let to = moved(self.object_of(&objects), action, objects.len().saturating_sub(1));
+                // The newest is not held, as with runs.
+                self.object = objects.get(to).filter(|_| to > 0).map(|it| it.key.clone());
+            }
             (pane, _) => {
                 let last = rows::count(pane, now, self.filter(pane)).saturating_sub(1);
                 let place = &mut self.selected[pane.place()];
@@ -340,124 +400,9 @@ impl App {
     }
 
     /// The task selected in the grid.
-    pub(super) fn task<'a>(&self, now: &'a Snapshot) -> Option<(&'a crate::dag::DagStats, &'a str)> {
+    pub(super) fn task<'a>(&self, now: &'a Snapshot) -> Option<(&'a DagStats, &'a str)> {
         let tasks = rows::tasks(now, self.filter(Pane::Dags));
         tasks.get(self.selected(Pane::Dags).min(tasks.len().saturating_sub(1))).copied()
-    }
-
-    /// What `p` holds or lets go here: on a stage's own screen that stage; elsewhere whatever is held, and else the bank.
-    pub(super) fn pause_target(&self, now: &Snapshot) -> StageName {
-        let held = || now.stages.iter().find(|(_, stage)| stage.wanted == Phase::Paused).map(|(name, _)| *name);
-        match (self.zoomed, self.focus) {
-            (true, Pane::Stream) => StageName::Cdc,
-            (true, Pane::Lake) => StageName::Lake,
-            (true, Pane::Dags) => StageName::Scheduler,
-            _ => held().unwrap_or(StageName::Bank),
-        }
-    }
-
-    fn toggle_pause(&self, now: &Snapshot) -> Effect {
-        let stage = self.pause_target(now);
-        let wanted = now.stage(stage).map_or(Phase::Running, |it| it.wanted);
-        let command = match wanted {
-            Phase::Running => Command::Pause { stage },
-            Phase::Paused => Command::Resume { stage },
-        };
-        Effect::Send(command, Purpose::Do)
-    }
-
-    fn change_rate(&mut self, faster: bool, now: &Snapshot) -> Effect {
-        let fresh = self.rate_asked.filter(|it| (now.at - it.1).num_seconds() < WISH_FRESH_SECONDS).map(|it| it.0);
-        let base = match (fresh, now.wish.rate) {
-            (Some(rate), _) | (None, Rate::PerSecond(rate)) => rate,
-            (None, Rate::Unlimited) => return self.refuse("the bank goes as fast as it can; `:rate N` sets a rate", now),
-        };
-        let tenth = (base.get() / 10).max(1);
-        let next = if faster { base.saturating_add(tenth) } else { NonZeroU32::new(base.get() - tenth.min(base.get() - 1)).unwrap_or(NonZeroU32::MIN) };
-        self.rate_asked = Some((next, now.at));
-        Effect::Send(Command::Rate { per_second: next }, Purpose::Do)
-    }
-
-    /// The DAG that `t` starts here.
-    pub(super) fn trigger_target(&self, now: &Snapshot) -> Option<String> {
-        let known = |dag_id: &str| now.dag.dag(dag_id).map(|it| it.dag_id.clone());
-        let first = || now.dag.dags.first().map(|it| it.dag_id.clone());
-        match (self.zoomed, self.focus) {
-            (true, Pane::Dags) => self.task(now).map(|it| it.0.dag_id.clone()),
-            (_, Pane::Dbt) => known(refresh::TRANSFORMATION),
-            _ => known(refresh::LOADING).or_else(first),
-        }
-    }
-
-    fn trigger(&mut self, now: &Snapshot) -> Effect {
-        match self.trigger_target(now) {
-            Some(dag_id) => Effect::Send(Command::Trigger { dag_id, dry_run: false }, Purpose::Do),
-            None => self.refuse("there is no DAG here: the scheduler is not up yet, or runs elsewhere", now),
-        }
-    }
-
-    /// The failed task that `r` is for: the selected one in the grid, else the newest.
-    pub(super) fn retry_target(&self, now: &Snapshot) -> Option<(RunRef, String)> {
-        if self.zoomed && self.focus == Pane::Dags {
-            let (dag, task_id) = self.task(now)?;
-            let run = dag.runs.get(self.run_of(dag))?;
-            let failed = run.tasks.iter().any(|it| it.task_id == task_id && it.state == TaskState::Failed);
-            if failed {
-                return Some((RunRef { dag_id: dag.dag_id.clone(), run_id: run.run_id.clone() }, task_id.to_owned()));
-            }
-        }
-        let newest = now.dag.dags.iter().filter_map(|dag| dag.runs.iter().find(|run| run.state.is_final()));
-        let failed = newest.filter(|run| run.state == RunState::Failed);
-        let run = failed.max_by_key(|run| run.finished_at)?;
-        let task = run.tasks.iter().find(|it| it.state == TaskState::Failed)?;
-        Some((RunRef { dag_id: run.dag_id.clone(), run_id: run.run_id.clone() }, task.task_id.clone()))
-    }
-
-    fn retry(&mut self, now: &Snapshot) -> Effect {
-        match self.retry_target(now) {
-            Some((run, task_id)) => Effect::Send(Command::Retry { dag_id: run.dag_id, run_id: Some(run.run_id), task_id, dry_run: true }, Purpose::Rehearse),
-            None => self.refuse("no task of a newest run has failed; on the DAGs' screen c runs any task again", now),
-        }
-    }
-
-    fn clear(&mut self, now: &Snapshot) -> Effect {
-        let selected = || {
-            let (dag, task_id) = self.task(now)?;
-            let run = dag.runs.get(self.run_of(dag))?;
-            Some((RunRef { dag_id: dag.dag_id.clone(), run_id: run.run_id.clone() }, task_id.to_owned()))
-        };
-        let target = if self.zoomed && self.focus == Pane::Dags { selected() } else { self.retry_target(now) };
-        match target {
-            Some((run, task_id)) => Effect::Send(Command::Clear { dag_id: run.dag_id, run_id: Some(run.run_id), task_id, dry_run: true }, Purpose::Rehearse),
-            None => self.refuse("nothing to clear here: choose a task on the DAGs' screen (3)", now),
-        }
-    }
-
-    /// The DAG whose run `x` ends.
-    pub(super) fn cancel_target(&self, now: &Snapshot) -> Option<String> {
-        let runs = |dag: &crate::dag::DagStats| dag.runs.first().is_some_and(|run| !run.state.is_final());
-        let selected = self.task(now).map(|it| it.0).filter(|dag| self.zoomed && self.focus == Pane::Dags && runs(dag));
-        selected.or_else(|| now.dag.dags.iter().find(|dag| runs(dag))).map(|dag| dag.dag_id.clone())
-    }
-
-    fn cancel(&mut self, now: &Snapshot) -> Effect {
-        match self.cancel_target(now) {
-            Some(dag_id) => Effect::Send(Command::Cancel { dag_id, dry_run: true }, Purpose::Rehearse),
-            None => self.refuse("no run is in progress", now),
-        }
-    }
-
-    fn restart(&mut self, now: &Snapshot) -> Effect {
-        let stopped = |health: &Health| matches!(health, Health::Held { .. } | Health::Waiting { .. } | Health::Failed { .. });
-        match now.stages.iter().find(|(_, stage)| stopped(&stage.health)) {
-            Some((stage, _)) => Effect::Send(Command::Restart { stage: *stage }, Purpose::Do),
-            None => self.refuse("no stage has stopped", now),
-        }
-    }
-
-    fn set_loudness(&mut self, to: usize) -> Effect {
-        self.loudness = to.min(LEVELS.len() - 1);
-        Effect::LogLevel(self.level())
     }
 
     fn typed(&mut self, action: Action, now: &Snapshot) -> Effect {
@@ -500,6 +445,7 @@ impl App {
                 self.ask(Question::Order { command, said: "the pipeline ends, for everybody who watches it".to_owned(), tasks: Vec::new() });
                 Effect::None
             }
+            Ok(Asked::Look(look)) => self.open(Page::asking(look, now)),
             Ok(Asked::Question(command)) => Effect::Send(command, Purpose::Rehearse),
             Err(why) => self.refuse(why, now),
         }
@@ -517,16 +463,4 @@ fn moved(at: usize, action: Action, last: usize) -> usize {
         _ => at,
     };
     to.min(last)
-}
-
-/// The command whose rehearsal this was.
-fn for_real(command: Command) -> Command {
-    let dry_run = false;
-    match command {
-        Command::Trigger { dag_id, .. } => Command::Trigger { dag_id, dry_run },
-        Command::Retry { dag_id, run_id, task_id, .. } => Command::Retry { dag_id, run_id, task_id, dry_run },
-        Command::Clear { dag_id, run_id, task_id, .. } => Command::Clear { dag_id, run_id, task_id, dry_run },
-        Command::Cancel { dag_id, .. } => Command::Cancel { dag_id, dry_run },
-        other => other,
-    }
 }

@@ -41,6 +41,14 @@ pub(super) enum Action {
     /// More or fewer levels in the log.
     Louder,
     Quieter,
+    /// Nothing newer in the log while one reads.
+    Freeze,
+    SaveLog,
+    /// Proves the whole lake.
+    Verify,
+    /// Masked messages unmasked, and back.
+    Reveal,
+    Mails,
     Yes,
     No,
     /// While a line is being typed.
@@ -172,14 +180,20 @@ const fn quiet(place: In, keys: &'static [Key], shown: &'static str, action: Act
 }
 
 const BINDINGS: &[Binding] = &[
-    bind(In::Only(Pane::Dags), &[Key::plain(Enter)], "Enter", Action::Enter, "details of the task"),
+    bind(In::Only(Pane::Dags), &[Key::plain(Enter)], "Enter", Action::Enter, "tries, times and log of the task; follows while it runs"),
     bind(In::Only(Pane::Dags), &[Key::letter('c')], "c", Action::Clear, "clear the task and what follows: run them again"),
     bind(In::Only(Pane::Dags), &[Key::letter('x')], "x", Action::Cancel, "cancel the run in progress"),
     bind(In::Only(Pane::Dbt), &[Key::plain(Enter)], "Enter", Action::Enter, "message, failing rows and SQL of the node"),
-    bind(In::Only(Pane::Lake), &[Key::plain(Enter)], "Enter", Action::Enter, "the whole name of the object"),
-    bind(In::Only(Pane::Log), &[Key::letter('+'), Key::letter('=')], "+", Action::Louder, "show more levels"),
-    bind(In::Only(Pane::Log), &[Key::letter('-')], "-", Action::Quieter, "show fewer levels"),
-    quiet(In::Only(Pane::Log), &[Key::letter('f')], "f", Action::Last, "follow the newest line"),
+    bind(In::Only(Pane::Stream), &[Key::plain(Enter)], "Enter", Action::Enter, "newest messages of the topic, customers masked"),
+    bind(In::Only(Pane::Lake), &[Key::plain(Enter)], "Enter", Action::Enter, "commit record of the object, and its proof"),
+    bind(In::Only(Pane::Lake), &[Key::letter('v')], "v", Action::Verify, "verify the lake: every chain, every hash"),
+    bind(In::Only(Pane::Log), &[Key::letter('+'), Key::letter('=')], "+", Action::Louder, "show more levels of the chosen room"),
+    bind(In::Only(Pane::Log), &[Key::letter('-')], "-", Action::Quieter, "show fewer levels of it"),
+    quiet(In::Only(Pane::Log), &[Key::plain(Left), Key::letter('h')], "h ←", Action::Left, "choose the room before"),
+    bind(In::Only(Pane::Log), &[Key::plain(Right), Key::letter('l')], "l →", Action::Right, "choose the next room"),
+    bind(In::Only(Pane::Log), &[Key::letter(' ')], "Space", Action::Freeze, "freeze: nothing newer is shown; again goes on"),
+    bind(In::Only(Pane::Log), &[Key::letter('f')], "f", Action::Last, "follow the newest line"),
+    bind(In::Only(Pane::Log), &[Key::letter('w')], "w", Action::SaveLog, "write what is shown into a file"),
     bind(In::All, &[Key::letter('p')], "p", Action::TogglePause, "pause or resume the bank; on screens 1 to 3 that stage"),
     quiet(In::All, &[Key::letter('s')], "s", Action::Step, "one payment while the bank is paused"),
     bind(In::All, &[Key::letter('+'), Key::letter('=')], "+", Action::Faster, "a tenth more payments a second"),
@@ -219,6 +233,9 @@ const BINDINGS: &[Binding] = &[
     quiet(In::All, &[Key::control('c')], "^C", Action::Interrupt, "quit; a second ^C does not ask"),
     bind(In::Sheet, &[Key::plain(Esc), Key::letter('q'), Key::plain(Enter), Key::letter('?')], "Esc", Action::Dismiss, "close"),
     quiet(In::Sheet, &[Key::plain(Up), Key::letter('k')], "k ↑", Action::Up, "up"),
+    bind(In::Sheet, &[Key::letter('m')], "m", Action::Reveal, "unmask customers, or mask them again"),
+    quiet(In::Sheet, &[Key::plain(Home), Key::letter('g')], "g Home", Action::First, "to the top"),
+    quiet(In::Sheet, &[Key::plain(End), Key::letter('G')], "G End", Action::Last, "to the end"),
     bind(In::Sheet, &[Key::plain(Down), Key::letter('j')], "j", Action::Down, "down"),
     quiet(In::Sheet, &[Key::plain(PageUp)], "PgUp", Action::PageUp, "a page up"),
     quiet(In::Sheet, &[Key::plain(PageDown), Key::letter(' ')], "PgDn", Action::PageDown, "a page down"),
@@ -249,8 +266,12 @@ pub(super) fn action(place: Place, event: KeyEvent) -> Option<Action> {
 /// The bindings that work here, each key once.
 pub(super) fn bindings(place: Place) -> impl Iterator<Item = &'static Binding> {
     let here: Vec<&Binding> = BINDINGS.iter().filter(|it| it.place.has(place)).collect();
-    let mut shown = std::collections::BTreeSet::new();
-    here.into_iter().filter(move |it| shown.insert(it.shown))
+    let mut taken: Vec<&Key> = Vec::new();
+    here.into_iter().filter(move |it| {
+        let is_new = !it.keys.iter().any(|key| taken.contains(&key));
+        taken.extend(it.keys);
+        is_new
+    })
 }
 
 /// Those of them that the footer names.

@@ -6,16 +6,21 @@
 
 mod app;
 mod keys;
+mod logs;
+mod orders;
+mod page;
 mod palette;
 mod parts;
+mod pulse;
 mod rows;
 mod screens;
 mod term;
 #[cfg(test)]
 mod tests;
 mod theme;
+mod wire;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use crossterm::event::{Event, EventStream, KeyEventKind};
 use futures_util::{FutureExt as _, StreamExt as _};
@@ -32,8 +37,8 @@ use crate::{
     cli::Look,
     pipeline::{
         Commander,
-        command::{Command, Reply},
-        snapshot::{STALE_AFTER, Snapshot},
+        command::{Command, Reply, STALE_AFTER},
+        snapshot::Snapshot,
     },
 };
 
@@ -48,6 +53,9 @@ const FRAME_EVERY: Duration = Duration::from_millis(250);
 /// While nobody looks, once a second.
 const FRAME_EVERY_UNSEEN: Duration = Duration::from_secs(1);
 
+/// While a frame is on its way to a slow terminal, the next one is tried after this.
+const FRAME_AGAIN: Duration = Duration::from_millis(10);
+
 /// Without a shell that stops and continues us, ^Z ends after this.
 const SUSPEND_MAX: Duration = Duration::from_millis(500);
 
@@ -61,6 +69,8 @@ const KEYS_PER_FRAME: usize = 64;
 pub struct Watched {
     pub snapshots: watch::Receiver<Arc<Snapshot>>,
     pub commander: Commander,
+    /// Where a copy of the log goes.
+    pub folder: PathBuf,
     /// Whether leaving ends the pipeline (it runs in this process) or not (`attach`).
     pub owned: bool,
 }
@@ -75,11 +85,13 @@ pub async fn run(watched: Watched, look: &Look, stop: &CancellationToken) -> io:
     let mut events = EventStream::new();
     let mut due = Instant::now();
     let mut suspended: Option<Instant> = None;
+    let mut pressed = None;
     loop {
         let mut at_once = false;
         tokio::select! { biased;
             () = stop.cancelled() => return Ok(()),
             event = events.next() => {
+                let came = Instant::now();
                 let mut next = Some(event);
                 // A held key or a paste comes in bursts: all of it, then one frame.
                 for _ in 0..KEYS_PER_FRAME {
@@ -92,9 +104,10 @@ pub async fn run(watched: Watched, look: &Look, stop: &CancellationToken) -> io:
                         Settled::Here => next = events.next().now_or_never(),
                     }
                 }
+                pressed = pressed.or(at_once.then_some(came));
             }
-            Some((asked, purpose, reply)) = answers.recv() => {
-                console.app.hear(asked, purpose, reply, &console.shown);
+            Some(answer) = answers.recv() => {
+                console.hear(answer);
                 at_once = true;
             }
             _ = continued.recv() => (suspended, at_once) = (None, console.come_back()?),
@@ -102,8 +115,16 @@ pub async fn run(watched: Watched, look: &Look, stop: &CancellationToken) -> io:
             () = sleep_until(due), if suspended.is_none() => at_once = true,
         }
         if at_once && suspended.is_none() {
-            console.draw()?;
-            due = Instant::now() + if console.seen { FRAME_EVERY } else { FRAME_EVERY_UNSEEN };
+            let drawn = console.draw()?;
+            if let Some(pressed) = pressed.take_if(|_| drawn) {
+                console.app.pulse.add(pressed.elapsed());
+            }
+            due = Instant::now()
+                + match (drawn, console.seen) {
+                    (false, _) => FRAME_AGAIN,
+                    (true, true) => FRAME_EVERY,
+                    (true, false) => FRAME_EVERY_UNSEEN,
+                };
         }
     }
 }
@@ -117,11 +138,18 @@ struct Console {
     /// When the newest snapshot came.
     heard_at: Instant,
     commander: Commander,
-    answers: mpsc::Sender<(Command, Purpose, Reply)>,
+    folder: PathBuf,
+    answers: mpsc::Sender<Answer>,
     log: TuiWidgetState,
     /// The terminal has the focus, as far as it tells.
     seen: bool,
     effect: Effect,
+}
+
+/// What comes back from a task of its own.
+enum Answer {
+    Replied(Command, Purpose, Reply),
+    Said { ok: bool, text: String },
 }
 
 /// Where the loop stands after an effect.
@@ -132,7 +160,7 @@ enum Settled {
 }
 
 impl Console {
-    fn enter(mut watched: Watched, look: &Look, answers: mpsc::Sender<(Command, Purpose, Reply)>) -> io::Result<Self> {
+    fn enter(mut watched: Watched, look: &Look, answers: mpsc::Sender<Answer>) -> io::Result<Self> {
         let app = App::new(watched.owned);
         let shown = Arc::clone(&watched.snapshots.borrow_and_update());
         Ok(Self {
@@ -142,8 +170,9 @@ impl Console {
             shown,
             heard_at: Instant::now(),
             commander: watched.commander,
+            folder: watched.folder,
             answers,
-            log: TuiWidgetState::new().set_default_display_level(app.level()),
+            log: TuiWidgetState::new().set_default_display_level(app.logs.loudest()),
             app,
             seen: true,
             effect: Effect::None,
@@ -179,10 +208,7 @@ impl Console {
             Effect::None => {}
             Effect::Send(command, purpose) => self.send(command, purpose),
             Effect::Log(event) => self.log.transition(event),
-            Effect::LogLevel(level) => {
-                tui_logger::set_default_level(level);
-                self.log = TuiWidgetState::new().set_default_display_level(level);
-            }
+            Effect::SaveLog => self.save_log(),
             Effect::Suspend => {
                 self.screen.suspend()?;
                 return Ok(Settled::Suspended);
@@ -193,12 +219,36 @@ impl Console {
         Ok(Settled::Here)
     }
 
+    /// Handed in here and now, so that orders keep the order of their keys; only the answer is waited for elsewhere.
     fn send(&self, command: Command, purpose: Purpose) {
-        let (commander, answers) = (self.commander.clone(), self.answers.clone());
+        let answer = self.commander.post(command.clone());
+        let answers = self.answers.clone();
         tokio::spawn(async move {
-            let reply = commander.ask(command.clone()).await;
-            if answers.send((command, purpose, reply)).await.is_err() {
+            let reply = answer.await.unwrap_or_else(|_| Reply::refused("the pipeline is ending"));
+            if answers.send(Answer::Replied(command, purpose, reply)).await.is_err() {
                 debug!("the console was left before an answer came");
+            }
+        });
+    }
+
+    fn hear(&mut self, answer: Answer) {
+        match answer {
+            Answer::Replied(asked, purpose, reply) => self.app.hear(asked, purpose, reply, &self.shown),
+            Answer::Said { ok, text } => self.app.say(ok, text, &self.shown),
+        }
+    }
+
+    fn save_log(&self) {
+        let view = screens::LogView::of(&self.app, self.theme);
+        let (folder, answers) = (self.folder.clone(), self.answers.clone());
+        tokio::task::spawn_blocking(move || {
+            let lines = view.lines();
+            let (ok, text) = match logs::save(&folder, &lines, chrono::Utc::now()) {
+                Ok(path) => (true, format!("{} lines of the log are in {}", lines.len(), path.display())),
+                Err(error) => (false, format!("could not write into {}: {error}", folder.display())),
+            };
+            if answers.blocking_send(Answer::Said { ok, text }).is_err() {
+                debug!("the console was left before the log was written");
             }
         });
     }
@@ -208,7 +258,8 @@ impl Console {
         Ok(true)
     }
 
-    fn draw(&mut self) -> io::Result<()> {
+    /// False where the frame before is still on its way.
+    fn draw(&mut self) -> io::Result<bool> {
         if self.snapshots.has_changed().unwrap_or(false) {
             self.shown = Arc::clone(&self.snapshots.borrow_and_update());
             self.heard_at = Instant::now();
@@ -216,6 +267,9 @@ impl Console {
         let silent = self.heard_at.elapsed();
         self.app.silent = (silent > STALE_AFTER).then_some(silent);
         self.app.observe(&self.shown);
+        if let Effect::Send(command, purpose) = self.app.follow(&self.shown) {
+            self.send(command, purpose);
+        }
         let (app, now, theme, log) = (&mut self.app, &self.shown, self.theme, &self.log);
         self.screen.draw(|frame| {
             app.columns = screens::columns(frame.area());

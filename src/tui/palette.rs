@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use crate::pipeline::{
-    command::{Command, StageName},
+    command::{Command, Look, StageName},
     snapshot::Snapshot,
 };
 
@@ -17,6 +17,7 @@ pub(super) enum Asked {
     Command(Command),
     /// First say what it will touch.
     Question(Command),
+    Look(Look),
 }
 
 /// Command, what follows it, what it does.
@@ -37,6 +38,10 @@ pub(super) const COMMANDS: &[(&str, &str, &str)] = &[
     ("dbt", "", "models, snapshots, tests"),
     ("kpis", "", "all ten"),
     ("log", "", "the log"),
+    ("mail", "", "letters: what waits and why, what left"),
+    ("verify", "", "prove the lake: every chain, every hash"),
+    ("messages", "TOPIC", "newest messages of a topic, customers masked"),
+    ("save", "", "write what the log shows into a file"),
     ("help", "", "keys"),
     ("shutdown", "", "end the pipeline"),
     ("quit", "", "leave the console"),
@@ -73,6 +78,14 @@ pub(super) fn parse(text: &str, now: &Snapshot) -> Result<Asked, String> {
         }
         ("cancel", []) => Asked::Key(Action::Cancel),
         ("cancel", [dag]) => Asked::Question(Command::Cancel { dag_id: dag_named(dag, now)?, dry_run: true }),
+        ("mail" | "mails" | "outbox", []) => Asked::Key(Action::Mails),
+        ("verify", []) => Asked::Key(Action::Verify),
+        ("save", []) => Asked::Key(Action::SaveLog),
+        ("messages", [topic]) => {
+            let known = || now.flow.keys().map(String::as_str);
+            let table = known().find(|it| it == topic).ok_or_else(|| unknown("topic", topic, known()))?;
+            Asked::Look(Look::Messages { table: table.to_owned(), revealed: false })
+        }
         ("overview", []) => Asked::Key(Action::Back),
         ("help", []) => Asked::Key(Action::Help),
         ("shutdown", []) => Asked::Question(Command::Shutdown),
@@ -91,6 +104,13 @@ pub(super) fn matching(text: &str) -> Vec<&'static (&'static str, &'static str, 
     let begins = COMMANDS.iter().filter(|it| it.0.starts_with(word));
     let holds = COMMANDS.iter().filter(|it| !it.0.starts_with(word) && (it.0.contains(word) || it.2.contains(word)));
     begins.chain(holds).collect()
+}
+
+/// What the word being typed may be, once the command stands.
+pub(super) fn words(text: &str, now: &Snapshot) -> Vec<String> {
+    let words: Vec<&str> = text.split(' ').collect();
+    let Some((last, before)) = words.split_last().filter(|(_, before)| !before.is_empty()) else { return Vec::new() };
+    candidates(before, now).into_iter().filter(|it| it.to_lowercase().starts_with(&last.to_lowercase())).collect()
 }
 
 /// The line with its last word completed as far as it is certain.
@@ -113,6 +133,7 @@ fn candidates(before: &[&str], now: &Snapshot) -> Vec<String> {
     match before {
         [] => COMMANDS.iter().map(|it| it.0.to_owned()).collect(),
         ["pause" | "resume" | "restart"] => StageName::ALL.iter().map(|it| it.as_str().to_owned()).collect(),
+        ["messages"] => now.flow.keys().cloned().collect(),
         ["trigger" | "retry" | "clear" | "cancel"] => now.dag.dags.iter().map(|it| it.dag_id.clone()).collect(),
         ["retry" | "clear", dag] => now.dag.dag(dag).map(|it| it.tasks.iter().map(|task| task.0.clone()).collect()).unwrap_or_default(),
         _ => Vec::new(),

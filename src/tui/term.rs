@@ -1,17 +1,20 @@
 //! The terminal: taken on entry and given back whole, whatever ends the console.
 //!
 //! Raw mode and the alternate screen are left on drop, before a panic of the console is printed, on ^Z, and when a signal
-//! ends the process. Every frame is one write between "begin" and "end synchronized update", so that a slow line never
-//! shows half of it.
+//! ends the process. Every frame is one piece between "begin" and "end synchronized update", so that a slow line never
+//! shows half of it; a line that hangs altogether holds up neither keys nor the end.
 
 use std::{
-    io::{self, BufWriter, Stdout, Write as _},
+    io::{self, Write as _},
+    mem::ManuallyDrop,
     panic,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     thread,
+    time::Duration,
 };
 
 use crossterm::{
@@ -25,8 +28,10 @@ use crossterm::{
 use ratatui::{Frame, Terminal, backend::CrosstermBackend};
 use rustix::process::{Signal, kill_current_process_group};
 
-/// A frame is built here and leaves in one piece: a full 200×60 screen with colours has its place.
-const FRAME_BYTES: usize = 64 * 1024;
+use super::wire::Wire;
+
+/// A terminal that does not take its last words in this time does not get them.
+const GIVE_BACK_MAX: Duration = Duration::from_millis(500);
 
 /// Whether the terminal is in our hands. A process has one; the panic hook and a drop may both want to give it back, and
 /// leaving the alternate screen twice would put the cursor over what was printed in between.
@@ -36,7 +41,9 @@ type Hook = Arc<dyn Fn(&panic::PanicHookInfo<'_>) + Sync + Send + 'static>;
 
 /// The terminal in our hands.
 pub(super) struct Screen {
-    terminal: Terminal<CrosstermBackend<BufWriter<Stdout>>>,
+    /// Never dropped: it would show the cursor once more, and panic where there is no terminal left to complain on.
+    terminal: ManuallyDrop<Terminal<CrosstermBackend<Wire>>>,
+    wire: Wire,
     /// The panic hook that was there before ours.
     hook: Hook,
 }
@@ -45,15 +52,22 @@ impl Screen {
     pub(super) fn enter() -> io::Result<Self> {
         let hook = take_over_panics();
         take()?;
-        let backend = CrosstermBackend::new(BufWriter::with_capacity(FRAME_BYTES, io::stdout()));
+        let wire = Wire::to(io::stdout());
+        let backend = CrosstermBackend::new(wire.clone());
         let terminal = Terminal::new(backend).inspect_err(|_| give_back())?;
-        Ok(Self { terminal, hook })
+        Ok(Self { terminal: ManuallyDrop::new(terminal), wire, hook })
     }
 
-    pub(super) fn draw(&mut self, paint: impl FnOnce(&mut Frame)) -> io::Result<()> {
+    /// Draws unless the frame before is still on its way; false where that is so.
+    pub(super) fn draw(&mut self, paint: impl FnOnce(&mut Frame)) -> io::Result<bool> {
+        if !self.wire.is_free() {
+            return Ok(false);
+        }
         queue!(self.terminal.backend_mut(), BeginSynchronizedUpdate)?;
         self.terminal.draw(paint)?;
-        execute!(self.terminal.backend_mut(), EndSynchronizedUpdate)
+        queue!(self.terminal.backend_mut(), EndSynchronizedUpdate)?;
+        self.wire.ship()?;
+        Ok(true)
     }
 
     /// Stops the process group as the terminal's own ^Z would, so that the shell takes over. What follows is the
@@ -97,12 +111,18 @@ fn give_back() {
     if !TAKEN.swap(false, Ordering::SeqCst) {
         return;
     }
-    let mut out = io::stdout();
-    // Wiped first: a multiplexer that was resized meanwhile may carry lines of it over to the main screen.
-    let _ = execute!(out, EndSynchronizedUpdate, Clear(ClearType::All), cursor::MoveTo(0, 0));
-    let _ = execute!(out, DisableFocusChange, LeaveAlternateScreen, cursor::Show);
     let _ = disable_raw_mode();
-    let _ = out.flush();
+    let (done, ended) = mpsc::channel();
+    // On a thread of its own: the end of the pipeline must not wait for a connection that hangs.
+    thread::spawn(move || {
+        let mut out = io::stdout();
+        // Wiped first: a multiplexer that was resized meanwhile may carry lines of it over to the main screen.
+        let _ = execute!(out, EndSynchronizedUpdate, Clear(ClearType::All), cursor::MoveTo(0, 0));
+        let _ = execute!(out, DisableFocusChange, LeaveAlternateScreen, cursor::Show);
+        let _ = out.flush();
+        let _ = done.send(());
+    });
+    let _ = ended.recv_timeout(GIVE_BACK_MAX);
 }
 
 /// A panic of the console gives the terminal back first, so that its words can be read. One of another thread, a

@@ -8,7 +8,7 @@ use ratatui::{
 use crate::{
     dag::{RunState, TaskState},
     dbt::Status,
-    pipeline::{snapshot::StageView, supervise::Health, verdict::Level},
+    pipeline::{command::StageName, snapshot::StageView, supervise::Health, verdict::Level},
     stage::Phase,
 };
 
@@ -137,14 +137,14 @@ pub(super) fn of_level(level: Level) -> (State, &'static str) {
 }
 
 /// A stage's state and its word. Wishes that are not true yet are said as such.
-pub(super) fn of_stage(stage: &StageView, now: chrono::DateTime<chrono::Utc>) -> (State, &'static str) {
+pub(super) fn of_stage(name: StageName, stage: &StageView, now: chrono::DateTime<chrono::Utc>) -> (State, &'static str) {
     match &stage.health {
         Health::Off => (State::Idle, "off"),
         Health::Ended => (State::Idle, "ended"),
         Health::Waiting { .. } => (State::Late, "waiting"),
         Health::Held { .. } => (State::Failed, "held"),
         Health::Failed { .. } => (State::Failed, "failed"),
-        Health::Working if stage.is_stale(now) => (State::Stale, "stale"),
+        Health::Working if stage.is_stale(name, now) => (State::Stale, "stale"),
         Health::Working => match (stage.wanted, stage.phase) {
             (Phase::Running, Phase::Running) => (State::Running, "running"),
             (Phase::Paused, Phase::Paused) => (State::Waiting, "paused"),

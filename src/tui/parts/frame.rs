@@ -22,18 +22,22 @@ pub(crate) fn lines(frame: &mut Frame, area: Rect, lines: Vec<Line<'_>>) {
     frame.render_widget(Paragraph::new(lines), area);
 }
 
+/// Lines of the frame that nothing lies on: title and verdict above, the keys that work below.
+pub(crate) const KEPT: (u16, u16) = (2, 1);
+
 /// A box in the middle, as large as its lines, with everything behind it wiped.
 pub(crate) fn popup(frame: &mut Frame, title: &str, lines: Vec<Line<'_>>, style: Style) {
-    popup_in(frame, frame.area(), Flex::Center, title, lines, style);
+    popup_in(frame, Flex::Center, title, lines, style);
 }
 
-/// The same at the lower left, above the last line.
+/// The same at the lower left.
 pub(crate) fn popup_above_footer(frame: &mut Frame, title: &str, lines: Vec<Line<'_>>, style: Style) {
-    let whole = frame.area();
-    popup_in(frame, Rect { height: whole.height.saturating_sub(1), ..whole }, Flex::End, title, lines, style);
+    popup_in(frame, Flex::End, title, lines, style);
 }
 
-fn popup_in(frame: &mut Frame, whole: Rect, down: Flex, title: &str, lines: Vec<Line<'_>>, style: Style) {
+fn popup_in(frame: &mut Frame, down: Flex, title: &str, lines: Vec<Line<'_>>, style: Style) {
+    let whole = frame.area();
+    let whole = Rect { y: whole.y + KEPT.0.min(whole.height), height: whole.height.saturating_sub(KEPT.0 + KEPT.1), ..whole };
     let widest = lines.iter().map(Line::width).chain([title.chars().count() + 2]).max().unwrap_or_default();
     let width = u16::try_from(widest + 4).unwrap_or(u16::MAX).min(whole.width);
     let height = u16::try_from(lines.len() + 2).unwrap_or(u16::MAX).min(whole.height);

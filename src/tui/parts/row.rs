@@ -58,24 +58,26 @@ pub(crate) fn ends<'a>(left: impl Into<Line<'a>>, right: impl Into<Line<'a>>, wi
     Line::from(spans)
 }
 
-/// Words broken into lines of at most `width` cells; a longer word is broken inside.
+/// Words broken into lines of at most `width` cells; a longer word is broken inside. What begins indented stays so.
 pub(crate) fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for paragraph in text.lines() {
-        let mut line = String::new();
-        for word in paragraph.split(' ') {
-            let gap = usize::from(!line.is_empty());
+        let words = paragraph.trim_start_matches(' ');
+        let indent = " ".repeat((paragraph.len() - words.len()).min(width / 2));
+        let mut line = indent.clone();
+        for word in words.split(' ') {
+            let gap = usize::from(line.len() > indent.len());
             if width_of(&line) + gap + width_of(word) <= width {
                 line.push_str(&" "[..gap]);
                 line.push_str(word);
                 continue;
             }
-            if !line.is_empty() {
-                lines.push(std::mem::take(&mut line));
+            if line.len() > indent.len() {
+                lines.push(std::mem::replace(&mut line, indent.clone()));
             }
             for letter in word.chars() {
                 if width_of(&line) + 1 > width {
-                    lines.push(std::mem::take(&mut line));
+                    lines.push(std::mem::replace(&mut line, indent.clone()));
                 }
                 line.push(letter);
             }
@@ -112,5 +114,7 @@ mod tests {
         assert_eq!(wrap("books differ: accounts", 10), ["books", "differ:", "accounts"]);
         assert_eq!(wrap("abcdefgh", 3), ["abc", "def", "gh"]);
         assert_eq!(wrap("one\ntwo", 10), ["one", "two"]);
+        assert_eq!(wrap("  \"op\": \"c\"", 10), ["  \"op\":", "  \"c\""]);
+        assert_eq!(wrap("", 10), Vec::<String>::new());
     }
 }

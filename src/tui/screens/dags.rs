@@ -7,7 +7,7 @@ use ratatui::{
 };
 
 use crate::{
-    dag::{DagStats, RunStats, TaskState, TaskStats},
+    dag::{DagStats, RunRef, RunStats, TaskState, TaskStats},
     pipeline::command::StageName,
     refresh,
     stage::Phase,
@@ -290,28 +290,28 @@ fn about<'a>(scene: Scene, task: &'a TaskStats, width: usize) -> Vec<Line<'a>> {
     lines
 }
 
-/// Everything known about the selected cell.
-pub(super) fn details(scene: Scene) -> Option<(String, Vec<String>)> {
-    let (dag, task_id) = scene.app.task(scene.now)?;
-    let Some(run) = dag.runs.get(scene.app.run_of(dag)) else {
-        return Some((task_id.to_owned(), vec![no_run(scene, dag).trim_start().to_owned()]));
+/// What the snapshot knows about a cell; what the task said is read.
+pub(super) fn details(scene: Scene, run: &RunRef, task_id: &str) -> (String, Vec<String>) {
+    let Some((dag, found)) = scene.now.dag.dag(&run.dag_id).zip(scene.now.dag.run(run)) else {
+        return (task_id.to_owned(), vec![format!("{} of {} is older than what is shown", run.run_id, run.dag_id)]);
     };
     let at = |it: Option<chrono::DateTime<chrono::Utc>>| it.map_or_else(|| "–".to_owned(), number::clock);
     let waits_for = dag.tasks.iter().find(|it| it.0 == task_id).map(|it| it.1.join(", ")).filter(|it| !it.is_empty());
     let mut lines = vec![
         format!("dag      {}", dag.dag_id),
-        format!("run      {} ({}, {})", run.run_id, run.run_type.as_str(), run.state.as_str()),
+        format!("run      {} ({}, {})", found.run_id, found.run_type.as_str(), found.state.as_str()),
         format!("after    {}", waits_for.unwrap_or_else(|| "nothing: it is the first".to_owned())),
     ];
-    if let Some(task) = task_of(run, task_id) {
-        lines.push(format!("state    {}", task.state.as_str()));
-        lines.push(format!("tries    {}", task.tries));
-        lines.push(format!("started  {}  finished {}", at(task.started_at), at(task.finished_at)));
-        lines.push(format!("took     {}", task.seconds.map_or_else(|| "–".to_owned(), number::seconds)));
+    if let Some(task) = task_of(found, task_id) {
+        let took = task.seconds.map(|it| format!(", took {}", number::seconds(it))).unwrap_or_default();
+        lines.push(format!("state    {}, tries {}", task.state.as_str(), task.tries));
+        lines.push(format!("started  {}, finished {}{took}", at(task.started_at), at(task.finished_at)));
+        if let Some(due) = task.retry_at.filter(|_| task.state == TaskState::UpForRetry) {
+            lines.push(format!("again    in {} s", (due - scene.now.at).num_seconds().max(0)));
+        }
         if let Some(error) = &task.error {
-            lines.extend([String::new(), error.clone()]);
+            lines.push(format!("✗ {error}"));
         }
     }
-    lines.extend([String::new(), "Its log, try by try:".to_owned(), format!("ledgerline dag show {} {}", dag.dag_id, run.run_id)]);
-    Some((task_id.to_owned(), lines))
+    (task_id.to_owned(), lines)
 }

@@ -130,10 +130,11 @@ fn kind(kind: Kind) -> &'static str {
     }
 }
 
-/// What the selected node says: message, failing rows, the SQL to look at.
-pub(super) fn details(scene: Scene) -> Option<(String, Vec<String>)> {
-    let nodes = rows::nodes(scene.now, scene.filter(Pane::Dbt));
-    let node = nodes.get(scene.app.selected(Pane::Dbt).min(nodes.len().checked_sub(1)?))?;
+/// What a node says: message and failing rows. Its SQL is read.
+pub(super) fn details(scene: Scene, unique_id: &str) -> (String, Vec<String>) {
+    let Some(node) = scene.now.refresh.dbt.nodes.iter().find(|it| it.unique_id == unique_id) else {
+        return (unique_id.to_owned(), vec!["It is not part of the current run.".to_owned()]);
+    };
     let (_, word) = theme::of_node(node.status);
     let took = node.seconds.map(|it| format!(", {}", number::seconds(it))).unwrap_or_default();
     let mut lines = vec![node.unique_id.clone(), format!("{} · {word}{took}", kind(node.kind))];
@@ -150,9 +151,9 @@ pub(super) fn details(scene: Scene) -> Option<(String, Vec<String>)> {
         lines.extend(table(&failing.columns, &failing.rows));
     }
     if let Some(path) = &node.compiled {
-        lines.extend([String::new(), "The SQL as it ran:".to_owned(), path.clone()]);
+        lines.extend([String::new(), format!("The SQL as it ran, {path}:")]);
     }
-    Some((node.name.clone(), lines))
+    (node.name.clone(), lines)
 }
 
 /// Rows under their columns, each as wide as its widest value.

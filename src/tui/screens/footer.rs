@@ -4,10 +4,12 @@ use ratatui::text::{Line, Span};
 
 use crate::{
     bank::Rate,
+    pipeline::command::Look,
     stage::Phase,
     tui::{
         app::OnTop,
         keys::{self, Action, Pane},
+        page::Page,
         parts::row,
         theme::State,
     },
@@ -80,23 +82,44 @@ fn words(scene: Scene, action: Action) -> Option<String> {
             format!("{verb} {stage}")
         }
         Action::Faster => match now.wish.rate {
-            Rate::PerSecond(rate) => format!("{} tx/s", grouped(rate.get().into())),
+            Rate::PerSecond(rate) => match app.rate_wanted() {
+                Some(wanted) if wanted != rate => format!("{} tx/s, {} asked", grouped(rate.get().into()), grouped(wanted.get().into())),
+                _ => format!("{} tx/s", grouped(rate.get().into())),
+            },
             Rate::Unlimited => return None,
         },
-        Action::Louder => format!("level {}", app.level().as_str().to_lowercase()),
+        Action::Louder => format!("{} {}", app.logs.room(), app.logs.level_of(app.logs.room()).0.as_str().to_lowercase()),
+        Action::Right if app.focus == Pane::Log => "room".to_owned(),
+        Action::Freeze => if app.logs.frozen_at.is_some() { "go on" } else { "freeze" }.to_owned(),
+        Action::Last if app.focus == Pane::Log => "follow".to_owned(),
+        Action::SaveLog => "save".to_owned(),
+        Action::Verify => "verify".to_owned(),
+        Action::Reveal => match &app.on_top {
+            Some(OnTop::Details(Page { look: Look::Messages { revealed, .. }, .. })) => if *revealed { "mask" } else { "unmask customers" }.to_owned(),
+            _ => return None,
+        },
         Action::Slower | Action::Quieter => return None,
         Action::Trigger => match app.focus {
             Pane::Dbt => "run dbt".to_owned(),
             _ => "trigger".to_owned(),
         },
-        Action::Retry => format!("retry {}", app.retry_target(now)?.1),
+        Action::Retry => {
+            app.retry_target(now)?;
+            "retry".to_owned()
+        }
         Action::Clear => "clear".to_owned(),
         Action::Cancel => {
             app.cancel_target(now)?;
             "cancel run".to_owned()
         }
         Action::NextPane => "pane".to_owned(),
-        Action::Enter if app.zoomed => "details".to_owned(),
+        Action::Enter if app.zoomed => match app.focus {
+            Pane::Stream => "messages",
+            Pane::Lake => "commit record",
+            Pane::Dags => "log",
+            _ => "details",
+        }
+        .to_owned(),
         Action::Enter => "open".to_owned(),
         Action::Back => "back".to_owned(),
         Action::Filter => "filter".to_owned(),

@@ -30,7 +30,7 @@ pub(super) fn title(scene: Scene<'_>, width: u16) -> Line<'_> {
 fn stages(scene: Scene) -> Vec<Span<'static>> {
     let hosted = || scene.now.stages.iter().filter(|(_, it)| it.health != Health::Off);
     let odd: Vec<(StageName, (State, &str))> =
-        hosted().map(|(name, it)| (*name, theme::of_stage(it, scene.now.at))).filter(|(_, (state, _))| *state != State::Running).collect();
+        hosted().map(|(name, it)| (*name, theme::of_stage(*name, it, scene.now.at))).filter(|(_, (state, _))| *state != State::Running).collect();
     if hosted().next().is_none() {
         return vec![scene.mark(State::Idle, "no stage yet")];
     }

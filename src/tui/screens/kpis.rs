@@ -24,7 +24,8 @@ const CHANGE: usize = 13;
 
 pub(super) fn pane(frame: &mut Frame, area: Rect, scene: Scene) {
     let inside = super::boxed(frame, area, scene, Pane::Kpis, note(scene));
-    let Some(kpis) = kpis(scene) else {
+    // Without a cut there is nothing that the numbers are of: zeros would be a claim.
+    let Some(kpis) = kpis(scene).filter(|_| scene.now.cut().is_some()) else {
         return super::teach(frame, inside, scene, nothing_yet());
     };
     let width = usize::from(inside.width);
@@ -146,7 +147,8 @@ fn table<'a>(scene: Scene<'a>, title: &'a str, pairs: impl Iterator<Item = (&'a 
 
 pub(super) fn screen(frame: &mut Frame, area: Rect, scene: Scene) {
     let inside = super::boxed(frame, area, scene, Pane::Kpis, note(scene));
-    let Some(kpis) = kpis(scene) else {
+    // Without a cut there is nothing that the numbers are of: zeros would be a claim.
+    let Some(kpis) = kpis(scene).filter(|_| scene.now.cut().is_some()) else {
         return super::teach(frame, inside, scene, nothing_yet());
     };
     let [left, right] = Layout::horizontal([Constraint::Percentage(if inside.width < 100 { 54 } else { 50 }), Constraint::Fill(1)]).areas(inside);

@@ -16,7 +16,7 @@ use crate::{
         rows,
         theme::State,
     },
-    units::grouped,
+    units::{bytes_for_people, grouped},
 };
 
 use super::{Scene, stream::joined};
@@ -98,6 +98,10 @@ fn landing(scene: Scene, width: usize) -> Line {
     if letters > 0 {
         parts.push(scene.mark(State::Failed, &format!("dead letters {}", grouped(letters))));
     }
+    if let Some(proof) = &scene.app.proof {
+        let at = number::clock(proof.at);
+        parts.push(if proof.ok { Span::raw(format!("verified {at}")) } else { scene.mark(State::Failed, "proof broken, v") });
+    }
     parts.push(Span::raw(format!("lag {}", lake.lag().map_or_else(|| "–".to_owned(), grouped))));
     joined(scene, parts, width)
 }
@@ -149,7 +153,7 @@ fn objects(scene: Scene, area: Rect) -> Vec<Line> {
         lines.push(Line::from(scene.dim(why)));
         return lines;
     }
-    let selected = scene.app.selected(Pane::Lake).min(objects.len() - 1);
+    let selected = scene.app.object_of(&objects);
     let shown = super::window(selected, objects.len(), height.saturating_sub(1));
     for place in shown {
         let line = object_row(scene, objects[place], width);
@@ -176,20 +180,22 @@ fn offsets(key: &str) -> String {
     }
 }
 
-/// Everything about the selected object.
-pub(super) fn details(scene: Scene) -> Option<(String, Vec<String>)> {
-    let objects = rows::objects(scene.now, scene.filter(Pane::Lake));
-    let object = objects.get(scene.app.selected(Pane::Lake).min(objects.len().checked_sub(1)?))?;
-    let landed = DateTime::from_timestamp_millis(object.landed_at_ms).map_or_else(|| "–".to_owned(), |it| it.to_rfc3339());
-    let lines = vec![
-        object.key.clone(),
-        String::new(),
-        format!("table   {}", object.table),
-        format!("rows    {}", grouped(object.rows)),
-        format!("bytes   {}", grouped(object.bytes)),
-        format!("landed  {landed}"),
-        String::new(),
-        "Written once. `ledgerline lake verify` proves its hash and its place in the chain.".to_owned(),
-    ];
-    Some((format!("offsets {}", offsets(&object.key)), lines))
+/// What is known about an object before its commit record is read.
+pub(super) fn details(scene: Scene, key: &str) -> (String, Vec<String>) {
+    let title = format!("offsets {}", offsets(key));
+    let mut lines = vec![key.to_owned()];
+    if let Some(object) = scene.now.lake.newest.iter().find(|it| it.key == key) {
+        let landed = DateTime::from_timestamp_millis(object.landed_at_ms).map_or_else(|| "–".to_owned(), number::clock);
+        lines.push(format!("{} rows, {}, landed {landed}", grouped(object.rows), bytes_for_people(object.bytes)));
+    }
+    (title, lines)
+}
+
+/// What a walk through the lake has before it.
+pub(super) fn to_prove(scene: Scene) -> (String, Vec<String>) {
+    let lake = &scene.now.lake;
+    let (objects, bytes) = lake.tables.values().fold((0, 0), |sum, it| (sum.0 + it.objects, sum.1 + it.bytes));
+    let landed = format!("{} objects, {}", grouped(objects), bytes_for_people(bytes));
+    let said = format!("Every commit record of every lane, every object's hash and rows: {landed} since the start, and all before.");
+    ("proof of the lake".to_owned(), vec![said])
 }

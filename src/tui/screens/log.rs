@@ -1,50 +1,126 @@
 //! The log as it comes in, one line an event; on its own screen with levels and a filter.
 
-use ratatui::{Frame, layout::Rect, style::Style, text::Line};
-use std::sync::atomic::{AtomicBool, Ordering};
-use tui_logger::{ExtLogRecord, LogFormatter, TuiLoggerWidget, TuiWidgetState};
+use std::{
+    str::FromStr as _,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use ratatui::{
+    Frame,
+    buffer::Buffer,
+    layout::{Constraint, Layout, Rect},
+    style::Style,
+    text::{Line, Span},
+    widgets::Widget as _,
+};
+use tui_logger::{ExtLogRecord, LevelFilter, LogFormatter, TuiLoggerWidget, TuiWidgetState};
 
 use crate::tui::{
+    app::App,
     keys::Pane,
-    parts::row,
+    logs::{Logs, ROOMS},
+    parts::{frame, number, row},
     rows,
     theme::{State, Theme},
 };
 
 use super::Scene;
 
+/// Stands where the widget insists on a line.
+const NOTHING: &str = "·";
+
 pub(super) fn pane(frame: &mut Frame, area: Rect, scene: Scene) {
-    let inside = super::boxed(frame, area, scene, Pane::Log, Line::default());
+    let inside = super::boxed(frame, area, scene, Pane::Log, frozen(scene));
     // Another state than the screen's: the overview follows, however far the screen was scrolled.
-    let following = TuiWidgetState::new().set_default_display_level(scene.app.level());
-    draw(frame, inside, scene, &following);
+    draw(frame, inside, scene, &TuiWidgetState::new());
 }
 
 pub(super) fn screen(frame: &mut Frame, area: Rect, scene: Scene) {
-    let note = format!(" level {} · PgUp scrolls · G follows ", scene.app.level().as_str().to_lowercase());
-    let inside = super::boxed(frame, area, scene, Pane::Log, Line::from(scene.dim(note)));
-    draw(frame, inside, scene, scene.log);
+    let inside = super::boxed(frame, area, scene, Pane::Log, frozen(scene));
+    let [head, list] = Layout::vertical([Constraint::Length(1), Constraint::Min(1)]).areas(inside);
+    frame::lines(frame, head, vec![levels(scene, head.width.into())]);
+    draw(frame, list, scene, scene.log);
+}
+
+fn frozen(scene: Scene) -> Line<'static> {
+    match scene.app.logs.frozen_at {
+        Some(at) => Line::from(vec![Span::raw(" "), scene.mark(State::Waiting, &format!("frozen at {}", number::clock(at))), Span::raw(" ")]),
+        None => Line::default(),
+    }
+}
+
+/// Every room with its level; the one that the keys change is marked. Those without one of their own follow the first.
+fn levels(scene: Scene, width: usize) -> Line<'static> {
+    let logs = &scene.app.logs;
+    let shown = |room: &'static str| {
+        let (level, own) = logs.level_of(room);
+        let text = if own || room == ROOMS[0] { format!("{room} {}", level.as_str().to_lowercase()) } else { room.to_owned() };
+        match (room == logs.room(), own) {
+            (true, _) => Span::styled(text, scene.theme.selected()),
+            (false, true) => scene.strong(text),
+            (false, false) => scene.dim(text),
+        }
+    };
+    let mut line = Line::from(" ");
+    for span in ROOMS.into_iter().map(shown) {
+        if line.width() + span.width() + 2 > width {
+            break;
+        }
+        line.push_span(span);
+        line.push_span(Span::raw("  "));
+    }
+    line
 }
 
 fn draw(frame: &mut Frame, area: Rect, scene: Scene, state: &TuiWidgetState) {
-    frame::nothing(frame, area, scene);
-    let formatter = OneLine { theme: scene.theme, filter: scene.filter(Pane::Log).to_owned(), is_first: AtomicBool::new(true) };
+    let nothing = if scene.app.owned {
+        " Stages say here what they do."
+    } else {
+        " The pipeline writes its log into logs/ of its data dir; only this console's own lines come here."
+    };
+    frame::lines(frame, area, row::wrap(nothing, area.width.into()).into_iter().map(|it| Line::from(scene.dim(it))).collect());
+    let formatter = OneLine { view: LogView::of(scene.app, scene.theme), is_first: AtomicBool::new(true) };
     frame.render_widget(TuiLoggerWidget::default().formatter(Box::new(formatter)).style(Style::new()).state(state), area);
 }
 
-mod frame {
-    use super::*;
+/// Which lines are seen, and how.
+#[derive(Debug, Clone)]
+pub(in crate::tui) struct LogView {
+    theme: Theme,
+    filter: String,
+    logs: Logs,
+}
 
-    /// Under the log: what is seen while there is none.
-    pub(super) fn nothing(frame: &mut Frame, area: Rect, scene: Scene) {
-        crate::tui::parts::frame::lines(frame, area, vec![Line::from(scene.dim(" Stages say here what they do."))]);
+/// Lines that a copy of the log holds at most, and their width; longer ones end in `…`.
+const SAVED: (u16, u16) = (400, 2_000);
+
+impl LogView {
+    pub(in crate::tui) fn of(app: &App, theme: Theme) -> Self {
+        let filter = if app.zoomed { app.filter(Pane::Log) } else { "" };
+        Self { theme, filter: filter.to_owned(), logs: app.logs.clone() }
+    }
+
+    fn shows(&self, event: &ExtLogRecord, room: &str, text: &str) -> bool {
+        let level = LevelFilter::from_str(event.level.as_str()).is_ok_and(|it| it <= self.logs.level_of(room).0);
+        let came = event.timestamp.timestamp().as_millisecond();
+        let in_time = self.logs.frozen_at.is_none_or(|at| came <= at.timestamp_millis());
+        level && in_time && [text, room, event.level.as_str()].into_iter().any(|it| rows::holds(it, &self.filter))
+    }
+
+    /// All of them that are still in memory, as text.
+    pub(in crate::tui) fn lines(self) -> Vec<String> {
+        let area = Rect::new(0, 0, SAVED.0, SAVED.1);
+        let mut buffer = Buffer::empty(area);
+        let formatter = OneLine { view: self, is_first: AtomicBool::new(true) };
+        TuiLoggerWidget::default().formatter(Box::new(formatter)).style(Style::new()).state(&TuiWidgetState::new()).render(area, &mut buffer);
+        let rows = buffer.content.chunks(SAVED.0.into()).map(|row| row.iter().map(|cell| cell.symbol()).collect::<String>().trim_end().to_owned());
+        rows.filter(|it| !it.is_empty() && it != NOTHING).collect()
     }
 }
 
 /// `12:03:04 INFO  lake      object put rows: 44059`. What the filter does not hold takes no line.
 struct OneLine {
-    theme: Theme,
-    filter: String,
+    view: LogView,
     /// The widget cannot start from an event without a line, so the first one always has one.
     is_first: AtomicBool,
 }
@@ -58,17 +134,17 @@ impl LogFormatter for OneLine {
         let is_first = self.is_first.swap(false, Ordering::Relaxed);
         let room = room_of(event.target());
         let text = message_first(&event.msg().replace('\n', " "));
-        if !(rows::holds(&text, &self.filter) || rows::holds(room, &self.filter) || rows::holds(event.level.as_str(), &self.filter)) {
-            return if is_first { vec![Line::styled("·", self.theme.dim())] } else { Vec::new() };
+        if !self.view.shows(event, room, &text) {
+            return if is_first { vec![Line::styled(NOTHING, self.view.theme.dim())] } else { Vec::new() };
         }
         let style = match event.level.as_str() {
-            "ERROR" => self.theme.state(State::Failed),
-            "WARN" => self.theme.state(State::Late),
-            "DEBUG" | "TRACE" => self.theme.dim(),
+            "ERROR" => self.view.theme.state(State::Failed),
+            "WARN" => self.view.theme.state(State::Late),
+            "DEBUG" | "TRACE" => self.view.theme.dim(),
             _ => Style::new(),
         };
         let at = event.timestamp.timestamp().strftime("%H:%M:%S");
-        vec![Line::styled(row::fit(&format!("{at} {:<5} {} {text}", event.level.as_str(), row::fit(room, 9)), width), style)]
+        vec![Line::styled(row::fit(&format!(" {at} {:<5} {} {text}", event.level.as_str(), row::fit(room, 9)), width), style)]
     }
 }
 

@@ -20,6 +20,8 @@ use tui_logger::TuiWidgetState;
 
 use crate::pipeline::{command::StageName, snapshot::Snapshot};
 
+pub(super) use log::LogView;
+
 use super::{
     app::App,
     keys::Pane,
@@ -30,8 +32,8 @@ use super::{
 /// Below this only the verdict is shown.
 const SMALLEST: (u16, u16) = (60, 15);
 
-/// From here on two panes have room side by side.
-const TWO_COLUMNS: (u16, u16) = (76, 21);
+/// From here on two panes have room side by side; below it a number would be cut.
+const TWO_COLUMNS: (u16, u16) = (80, 21);
 
 /// From here on three.
 const THREE_COLUMNS: (u16, u16) = (180, 30);
@@ -69,7 +71,7 @@ impl<'a> Scene<'a> {
     }
 
     fn stage(self, name: StageName) -> (State, &'static str) {
-        self.now.stage(name).map_or((State::Idle, "off"), |it| theme::of_stage(it, self.now.at))
+        self.now.stage(name).map_or((State::Idle, "off"), |it| theme::of_stage(name, it, self.now.at))
     }
 }
 

@@ -64,7 +64,7 @@ struct Columns {
 
 impl Columns {
     fn new(width: usize) -> Self {
-        let (rate, lag, total) = if width < 50 { (6, 6, 9) } else { (8, 9, 12) };
+        let (rate, lag, total) = if width < 50 { (6, 6, 10) } else { (8, 9, 12) };
         let left = width.saturating_sub(NAME + rate + lag + total + 1);
         // A curve of fewer cells says nothing.
         let curve = if left < 8 { 0 } else { (left - 2).min(HISTORY_SECONDS / 2) };
@@ -200,6 +200,11 @@ fn chart(frame: &mut Frame, area: Rect, scene: Scene, flow: &Flow) {
     frame.render_widget(chart, area);
 }
 
+/// What waited while we were away took minutes; that is not said in milliseconds.
+fn milliseconds(value: f64) -> String {
+    if value < 10_000.0 { format!("{value:.0} ms") } else { number::seconds(value / 1000.0) }
+}
+
 fn small(number: usize) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }
@@ -219,7 +224,7 @@ fn facts(scene: Scene, width: usize) -> Vec<Line> {
         ];
         lines.push(joined(scene, parts, width));
     }
-    let latency = format!("commit → broker p50 {:.0} ms, p99 {:.0} ms", cdc.latency.p50_ms, cdc.latency.p99_ms);
+    let latency = format!("commit → broker p50 {}, p99 {}", milliseconds(cdc.latency.p50_ms), milliseconds(cdc.latency.p99_ms));
     let parts = vec![
         Span::raw(latency),
         Span::raw(format!("{} transactions", grouped(cdc.transactions))),

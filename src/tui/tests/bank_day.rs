@@ -36,7 +36,7 @@ fn seconds(ago: i64) -> DateTime<Utc> {
 
 /// Just started: stages run, nothing has come through yet.
 pub(super) fn empty() -> Snapshot {
-    let working = |_| StageView { health: Health::Working, wanted: Phase::Running, phase: Phase::Running, reported_at: noon() };
+    let working = |_| StageView { health: Health::Working, wanted: Phase::Running, phase: Phase::Running, since: seconds(5), reported_at: noon() };
     let mut snapshot = Snapshot {
         at: noon(),
         started_at: seconds(5),
@@ -53,6 +53,7 @@ pub(super) fn empty() -> Snapshot {
         refresh: Default::default(),
         mail: Default::default(),
         flow: BTreeMap::new(),
+        flowing_since: None,
         rss_bytes: 120 << 20,
         rss_peak_bytes: 150 << 20,
         verdict: Verdict::default(),
@@ -65,6 +66,8 @@ pub(super) fn empty() -> Snapshot {
 pub(super) fn busy() -> Snapshot {
     let mut snapshot = empty();
     snapshot.started_at = seconds(761);
+    snapshot.flowing_since = Some(seconds(750));
+    snapshot.bank.clock = Some(noon());
     for (name, per_second, lag, total) in [
         ("customers", 1, 0, 1_204),
         ("accounts", 52, 3, 88_120),
@@ -127,8 +130,17 @@ pub(super) fn busy() -> Snapshot {
     judged(snapshot)
 }
 
-/// A money test failed, the bank is paused, the store is away, capture is silent.
+/// A money test failed, the bank is about to pause, the store is away, capture is silent.
 pub(super) fn failing() -> Snapshot {
+    let mut snapshot = task_failed();
+    away(&mut snapshot);
+    stage(&mut snapshot, StageName::Bank, |it| it.wanted = Phase::Paused);
+    stage(&mut snapshot, StageName::Cdc, |it| it.reported_at = seconds(9));
+    judged(snapshot)
+}
+
+/// A money test found three rows.
+pub(super) fn task_failed() -> Snapshot {
     let mut snapshot = busy();
     let mut run = RunStats::clone(&snapshot.dag.dags[1].runs[0]);
     (run.state, run.finished_at) = (RunState::Failed, Some(seconds(2)));
@@ -148,12 +160,37 @@ pub(super) fn failing() -> Snapshot {
         rows: (0..3).map(|n| vec![Some((4_711 + n).to_string()), Some("12.50".into()), None]).collect(),
     });
     node.compiled = Some("/home/ops/.ledgerline/dbt/compiled/tests/assert_ledger_balances.sql".into());
-    snapshot.lake.store_trouble = Some("connection refused at 127.0.0.1:9000".into());
-    let stage = |snapshot: &mut Snapshot, name, change: fn(&mut StageView)| change(snapshot.stages.get_mut(&name).unwrap());
-    stage(&mut snapshot, StageName::Bank, |it| it.wanted = Phase::Paused);
-    stage(&mut snapshot, StageName::Cdc, |it| it.reported_at = seconds(9));
-    stage(&mut snapshot, StageName::Lake, |it| it.health = Health::Waiting { reason: "connection refused at 127.0.0.1:9000".into(), since: seconds(40) });
     judged(snapshot)
+}
+
+/// The store refuses connections.
+pub(super) fn service_away() -> Snapshot {
+    let mut snapshot = busy();
+    away(&mut snapshot);
+    judged(snapshot)
+}
+
+/// The operator holds the bank, and it stands.
+pub(super) fn paused() -> Snapshot {
+    let mut snapshot = busy();
+    stage(&mut snapshot, StageName::Bank, |it| (it.wanted, it.phase, it.since) = (Phase::Paused, Phase::Paused, seconds(180)));
+    judged(snapshot)
+}
+
+/// Capture has said nothing for nine seconds.
+pub(super) fn stale() -> Snapshot {
+    let mut snapshot = busy();
+    stage(&mut snapshot, StageName::Cdc, |it| it.reported_at = seconds(9));
+    judged(snapshot)
+}
+
+fn away(snapshot: &mut Snapshot) {
+    snapshot.lake.store_trouble = Some("connection refused at 127.0.0.1:9000".into());
+    stage(snapshot, StageName::Lake, |it| it.health = Health::Waiting { reason: "connection refused at 127.0.0.1:9000".into(), since: seconds(40) });
+}
+
+pub(super) fn stage(snapshot: &mut Snapshot, name: StageName, change: impl FnOnce(&mut StageView)) {
+    change(snapshot.stages.get_mut(&name).unwrap());
 }
 
 pub(super) fn judged(mut snapshot: Snapshot) -> Snapshot {

@@ -16,7 +16,7 @@ use crate::{
 
 use super::bank_day::{busy, empty, failing, noon};
 
-fn drawn(now: &Snapshot, app: &mut App, theme: Theme, (width, height): (u16, u16)) -> (String, Buffer) {
+pub(super) fn drawn(now: &Snapshot, app: &mut App, theme: Theme, (width, height): (u16, u16)) -> (String, Buffer) {
     let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
     app.observe(now);
     let log = TuiWidgetState::new();
@@ -26,11 +26,11 @@ fn drawn(now: &Snapshot, app: &mut App, theme: Theme, (width, height): (u16, u16
     (rows.map(|row| row.trim_end().to_owned()).collect::<Vec<_>>().join("\n"), buffer)
 }
 
-fn picture(now: &Snapshot, app: &mut App, size: (u16, u16)) -> String {
+pub(super) fn picture(now: &Snapshot, app: &mut App, size: (u16, u16)) -> String {
     drawn(now, app, Theme::new(false, None), size).0
 }
 
-fn on_screen(pane: Pane, now: &Snapshot) -> App {
+pub(super) fn on_screen(pane: Pane, now: &Snapshot) -> App {
     let mut app = App::new(true);
     app.update(Action::Zoom(pane), now);
     app

@@ -19,7 +19,7 @@ use crate::{
 use super::bank_day::{busy, empty, failing};
 
 /// Presses keys, separated by blanks, and returns what they caused.
-fn press(app: &mut App, now: &Snapshot, keys: &str) -> Vec<Effect> {
+pub(super) fn press(app: &mut App, now: &Snapshot, keys: &str) -> Vec<Effect> {
     keys.split(' ').filter_map(|key| keys::action(app.place(), event(key)).map(|action| app.update(action, now))).filter(|it| *it != Effect::None).collect()
 }
 
@@ -65,6 +65,17 @@ fn p_pauses_the_bank_and_resumes_what_is_held() {
 fn the_rate_moves_by_tenths_and_keys_in_a_row_add_up() {
     let mut app = App::new(true);
     assert_eq!(press(&mut app, &busy(), "+ + -"), [rate(55), rate(60), rate(54)]);
+    // A snapshot that has heard of the first wish only does not take the later ones back.
+    let mut heard = busy();
+    heard.wish.rate = crate::bank::Rate::PerSecond(NonZeroU32::new(55).unwrap());
+    app.observe(&heard);
+    assert_eq!(press(&mut app, &heard, "+"), [rate(59)]);
+    heard.wish.rate = crate::bank::Rate::PerSecond(NonZeroU32::new(59).unwrap());
+    app.observe(&heard);
+    assert_eq!((app.rate_wanted(), press(&mut app, &heard, "-")), (None, vec![rate(54)]));
+    // A refused wish is not the base of the next.
+    app.hear(Command::Rate { per_second: NonZeroU32::MIN }, Purpose::Do, Reply::refused("no"), &heard);
+    assert_eq!(press(&mut app, &heard, "+"), [rate(64)]);
     let mut slow = busy();
     slow.wish.rate = crate::bank::Rate::PerSecond(NonZeroU32::MIN);
     assert_eq!(press(&mut App::new(true), &slow, "- +"), [rate(1), rate(2)]);
@@ -91,7 +102,7 @@ fn r_asks_what_it_would_run_then_asks_the_operator_then_runs_it() {
     let run_id = Some(now.dag.dags[1].runs[0].run_id.clone());
     let retry = |dry_run| Command::Retry { dag_id: TRANSFORMATION.into(), run_id: run_id.clone(), task_id: "dbt_test_staging".into(), dry_run };
     assert_eq!(press(&mut app, &now, "r"), [Effect::Send(retry(true), Purpose::Rehearse)]);
-    let reply = Reply { ok: true, text: "would: run 7 tasks".into(), tasks: vec!["dbt_test_staging".into()], run_id: None };
+    let reply = Reply { ok: true, text: "would: run 7 tasks".into(), tasks: vec!["dbt_test_staging".into()], ..Reply::done("") };
     app.hear(retry(true), Purpose::Rehearse, reply.clone(), &now);
     let asked = OnTop::Question(Question::Order { command: retry(false), said: reply.text.clone(), tasks: reply.tasks.clone() });
     assert_eq!(app.on_top, Some(asked));
@@ -141,7 +152,7 @@ fn a_filter_narrows_what_is_walked_through() {
     press(&mut app, &now, "4 / l e d g e r Enter");
     assert_eq!(app.filter(Pane::Dbt), "ledger");
     press(&mut app, &now, "j j j Enter");
-    assert_eq!(app.on_top, Some(OnTop::Details { scroll: 0 }));
+    assert!(matches!(app.on_top, Some(OnTop::Details(_))));
     press(&mut app, &now, "Esc Esc");
     assert_eq!((app.filter(Pane::Dbt), app.zoomed), ("", true));
 }
