@@ -24,7 +24,7 @@ use crate::{
     lake, notify, refresh,
     secret::Secret,
     stage::{self, Phase},
-    warehouse::postgres::Postgres,
+    warehouse::postgres::{Postgres, SnapshotEnds},
 };
 
 pub mod command;
@@ -487,9 +487,10 @@ async fn schedule_runs(hands: Arc<Hands>, requests: mpsc::Receiver<dag::Request>
     Ok(outcome?)
 }
 
-async fn snapshot_ends(state: Secret, topic_prefix: String) -> Result<Option<refresh::SnapshotEnds>, dag::TaskError> {
+async fn snapshot_ends(state: Secret, topic_prefix: String) -> Result<Option<SnapshotEnds>, dag::TaskError> {
     let ends = cdc::snapshot_ends(&state, &topic_prefix).await.map_err(|error| dag::TaskError::from(&error))?;
-    Ok(ends.map(|it| it.ends.into_iter().map(|lane| (lane.topic, lane.partition, lane.end_offset)).collect()))
+    let lanes = |ends: Vec<cdc::LaneEnd>| ends.into_iter().map(|lane| (lane.topic, lane.partition, lane.end_offset)).collect();
+    Ok(ends.map(|it| SnapshotEnds { lsn: Some(it.lsn), lanes: lanes(it.ends) }))
 }
 
 fn mail_start(loaded: &Loaded, data_dir: &DataDir, services: &Services, control: stage::Control<notify::Stats>) -> Start {
