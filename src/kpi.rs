@@ -9,7 +9,7 @@
 //!
 //! Owns nothing; reads in one statement, so that no KPI is of another moment than its neighbour.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use chrono::{DateTime, NaiveDate, NaiveDateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
 use crate::{
     change::Lsn,
     fault::{Diagnose, Fault},
+    latency::Histogram,
     secret::{Secret, without_password},
     units::Money,
     warehouse::{
@@ -85,14 +86,6 @@ pub struct Reading {
     pub kpis: Kpis,
 }
 
-/// How long committed transactions took to become visible in the KPIs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Latency {
-    pub transactions: u64,
-    pub p50_ms: u64,
-    pub p99_ms: u64,
-}
-
 /// Why there are no KPIs.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -157,27 +150,44 @@ pub async fn on_source(source: &Secret) -> Result<Kpis, Error> {
     Sums::new(&rows)?.kpis()
 }
 
-/// How long the transactions in (`after`, `upto`] took from their commit until `seen_at`, the moment the KPIs showed them.
-/// None where the cut did not move.
-pub async fn latency(warehouse: &Postgres, after: Option<Lsn>, upto: Lsn, seen_at: DateTime<Utc>) -> Result<Option<Latency>, Error> {
+/// How long the transactions that the KPIs show since `shown_at` took from their commit until then; each is measured once.
+///
+/// Up to where the KPIs had shown them before is kept in the warehouse, so that what was committed before a crash, a night
+/// without us or a failed run is measured too: those are the slowest. Nothing is measured where nothing is new.
+pub async fn measure(warehouse: &Postgres, upto: Lsn, shown_at: DateTime<Utc>) -> Result<Histogram, Error> {
     let doing = "measure the way from commit to KPI";
-    let mut connection = warehouse.pool().acquire().await.during(doing)?;
-    if !postgres::exists(&mut connection, "staging.commits").await.during(doing)? {
-        return Ok(None);
+    let mut transaction = warehouse.pool().begin().await.during(doing)?;
+    if !postgres::exists(&mut transaction, "staging.commits").await.during(doing)? {
+        return Ok(Histogram::default());
     }
-    // xid ≤ 0 is the initial snapshot: its rows were committed long before we came.
-    let row = sqlx::query(
-        "select count(*), percentile_disc(0.5) within group (order by ms), percentile_disc(0.99) within group (order by ms)
-         from (select greatest($3 - committed_micros / 1000, 0)::bigint as ms from staging.commits where xid > 0 and lsn > $1 and lsn <= $2) waited",
+    let upto = upto.0.cast_signed();
+    sqlx::query("lock table raw._shown in share row exclusive mode").execute(&mut *transaction).await.during(doing)?;
+    let after: i64 = sqlx::query_scalar("select coalesce(max(lsn), -1) from raw._shown").fetch_one(&mut *transaction).await.during(doing)?;
+    // xid ≤ 0 is the initial snapshot: its rows were committed long before we came. Three digits are finer than the histogram.
+    let rows = sqlx::query(
+        "select round(ms, 2 - floor(log(greatest(ms, 1)))::integer)::bigint, count(*)
+         from (select greatest($3 - committed_micros / 1000, 0)::numeric as ms from staging.commits where xid > 0 and lsn > $1 and lsn <= $2) waited
+         group by 1",
     )
-    .bind(after.map_or(-1, |lsn| lsn.0.cast_signed()))
-    .bind(upto.0.cast_signed())
-    .bind(seen_at.timestamp_millis())
-    .fetch_one(&mut *connection)
+    .bind(after)
+    .bind(upto)
+    .bind(shown_at.timestamp_millis())
+    .fetch_all(&mut *transaction)
     .await
     .during(doing)?;
-    let count = |column: usize| row.get::<Option<i64>, _>(column).unwrap_or_default().unsigned_abs();
-    Ok((count(0) > 0).then(|| Latency { transactions: count(0), p50_ms: count(1), p99_ms: count(2) }))
+    sqlx::query("delete from raw._shown where lsn < $1").bind(upto).execute(&mut *transaction).await.during(doing)?;
+    sqlx::query("insert into raw._shown(lsn, shown_at) values ($1, $2) on conflict do nothing")
+        .bind(upto)
+        .bind(shown_at)
+        .execute(&mut *transaction)
+        .await
+        .during(doing)?;
+    transaction.commit().await.during(doing)?;
+    let mut took = Histogram::default();
+    for row in rows {
+        took.record_many(Duration::from_millis(row.get::<i64, _>(0).unsigned_abs()), row.get::<i64, _>(1).unsigned_abs());
+    }
+    Ok(took)
 }
 
 /// The cut at which all models the KPIs need stand.

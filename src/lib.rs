@@ -17,6 +17,7 @@
 //! test* as in dbt.
 
 pub mod fault;
+pub mod latency;
 pub mod secret;
 pub mod stage;
 pub mod units;

@@ -57,7 +57,8 @@
 
 {# The initial snapshot as a transaction: {xid, lsn, micros} in the one run in which it turns out to be whole, else none.
    Whole is: every lane has been read past the end offset that was sampled after the snapshot had ended. Of several attempts the
-   newest is meant (xids of reads are -lsn); the others are transactions that never end. #}
+   one that ended is meant (xids of reads are -lsn), also where it found nothing left to read; the others are transactions that
+   never end. Where nobody knows which it was, it is the newest. #}
 {% macro finished_snapshot() -%}
     {% if not execute or var('snapshot') == 'never' %}
         {{ return(none) }}
@@ -81,7 +82,10 @@
     {% if not scalar(whole) %}
         {{ return(none) }}
     {% endif %}
-    {% set xid = scalar('select coalesce(min(xid), 0) from ' ~ arrivals ~ ' where xid < 0') %}
+    {% set read_at = scalar('select max(lsn) from ' ~ source('raw', '_snapshot_ends')) %}
+    {% set xid = scalar(
+        'select coalesce(min(xid), 0) from ' ~ arrivals ~ ' where xid ' ~ ('< 0' if read_at is none else '= -' ~ read_at)
+    ) %}
     {% set taken = namespace(micros=0) %}
     {% for table in var('tables') if not taken.micros %}
         {% set taken.micros = scalar(

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use crate::{change::Lsn, stage::Phase};
+use crate::{change::Lsn, latency::Histogram, stage::Phase};
 
 /// Where the capture stands. Plain data, published about ten times a second.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -101,7 +101,7 @@ pub struct SnapshotProgress {
     pub finished: bool,
 }
 
-/// Milliseconds, from a histogram whose buckets grow by an eighth.
+/// Milliseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Latency {
     pub count: u64,
@@ -109,83 +109,9 @@ pub struct Latency {
     pub p99_ms: f64,
 }
 
-/// Counts durations in buckets, eight to each power of two: at most an eighth off, in 4 KiB.
-#[derive(Debug, Clone)]
-pub(super) struct Histogram {
-    buckets: Box<[u64; BUCKETS]>,
-    count: u64,
-}
-
-const BUCKETS: usize = 512;
-
-impl Default for Histogram {
-    fn default() -> Self {
-        Self { buckets: Box::new([0; BUCKETS]), count: 0 }
-    }
-}
-
-impl Histogram {
-    pub(super) fn record(&mut self, micros: i64) {
-        self.buckets[bucket(u64::try_from(micros).unwrap_or(0))] += 1;
-        self.count += 1;
-    }
-
-    pub(super) fn latency(&self) -> Latency {
-        Latency { count: self.count, p50_ms: self.quantile_ms(50), p99_ms: self.quantile_ms(99) }
-    }
-
-    fn quantile_ms(&self, percent: u64) -> f64 {
-        let wanted = (self.count * percent).div_ceil(100);
-        let mut seen = 0;
-        for (bucket, count) in self.buckets.iter().enumerate() {
-            seen += count;
-            if seen >= wanted && seen > 0 {
-                let micros = u32::try_from(upper(bucket)).unwrap_or(u32::MAX);
-                return f64::from(micros) / 1000.0;
-            }
-        }
-        0.0
-    }
-}
-
-fn bucket(micros: u64) -> usize {
-    if micros < 8 {
-        return usize::try_from(micros).unwrap_or(0);
-    }
-    let power = micros.ilog2();
-    let eighth = (micros >> (power - 3)) & 7;
-    usize::try_from(u64::from(power - 2) * 8 + eighth).map_or(BUCKETS - 1, |it| it.min(BUCKETS - 1))
-}
-
-/// The largest duration a bucket counts, in microseconds.
-fn upper(bucket: usize) -> u64 {
-    let bucket = u64::try_from(bucket).unwrap_or(0);
-    if bucket < 8 {
-        return bucket;
-    }
-    let (power, eighth) = (bucket / 8 + 2, bucket % 8);
-    ((8 + eighth + 1) << (power - 3)) - 1
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn a_duration_is_at_most_an_eighth_below_its_bucket(micros in 0_u64..1 << 40) {
-            let shown = upper(bucket(micros));
-            prop_assert!(shown >= micros && shown - micros <= micros / 8 + 1, "{micros} shows as {shown}");
-        }
-    }
-
-    #[test]
-    fn quantiles_are_those_of_what_was_recorded() {
-        let mut histogram = Histogram::default();
-        assert_eq!(histogram.latency(), Latency::default());
-        (1..=100).for_each(|milliseconds| histogram.record(milliseconds * 1000));
-        let latency = histogram.latency();
-        assert!((50.0..57.0).contains(&latency.p50_ms) && (99.0..112.0).contains(&latency.p99_ms), "{latency:?}");
+impl From<&Histogram> for Latency {
+    fn from(histogram: &Histogram) -> Self {
+        let milliseconds = |percent| histogram.percentile(percent).map_or(0.0, |it| it.as_secs_f64() * 1000.0);
+        Self { count: histogram.count(), p50_ms: milliseconds(50), p99_ms: milliseconds(99) }
     }
 }

@@ -24,10 +24,11 @@ use super::{
     ledger::{Ledger, Meaning},
     pgoutput::{self, Message, Old, Relation, Tuple},
     source::Source,
-    stats::{Histogram, Stats, TableStats},
+    stats::{Stats, TableStats},
 };
 use crate::{
     change::{Lsn, Topics},
+    latency::Histogram,
     stream::producer::{Outgoing, Producer, Receipt},
 };
 
@@ -363,7 +364,7 @@ impl Streaming {
         while let Some((acked_at_us, meaning)) = self.ledger.pop_acked() {
             match meaning {
                 Meaning::Commit { committed_at_us } => {
-                    self.latency.record(acked_at_us - committed_at_us);
+                    self.latency.record(Duration::from_micros(u64::try_from(acked_at_us - committed_at_us).unwrap_or_default()));
                     stats.transactions += 1;
                     stats.last_commit_at = DateTime::from_timestamp_micros(committed_at_us);
                 }
@@ -419,7 +420,7 @@ impl Streaming {
             sum.updates += described.counted.updates;
             sum.deletes += described.counted.deletes;
         }
-        stats.latency = self.latency.latency();
+        stats.latency = (&self.latency).into();
         stats.queued = self.producer.n_waiting();
         stats.broker_away = self.producer.is_broker_away();
         stats.lag_bytes = stats.source_lsn.0.saturating_sub(stats.confirmed_lsn.0);

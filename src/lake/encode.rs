@@ -18,18 +18,11 @@ use parquet::{
     schema::types::ColumnPath,
 };
 
-use super::batch::Sealed;
+use super::{
+    batch::Sealed,
+    dead::{Dead, DeadLetter},
+};
 use crate::stream::records::{Column, Records};
-
-/// A record that is no text: it goes to the dead-letter topic instead of the object.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeadLetter {
-    pub offset: i64,
-    pub timestamp_ms: i64,
-    pub key: Option<Vec<u8>>,
-    pub value: Option<Vec<u8>>,
-    pub reason: &'static str,
-}
 
 /// A data object's bytes, and what did not fit into it.
 #[derive(Debug)]
@@ -87,6 +80,9 @@ pub fn encode(batch: Sealed) -> Result<Encoded, ParquetError> {
         let clean = arrays(&schema, &batch.lane.topic, batch.lane.partition, run)?;
         rows += clean.num_rows() as u64;
         writer.write(&clean)?;
+    }
+    if !dead.is_empty() {
+        writer.append_key_value_metadata(Dead::footer(&dead));
     }
     Ok(Encoded { parquet: writer.into_inner()?.into(), rows, dead })
 }
@@ -150,13 +146,23 @@ fn without_dead_letters(run: &Records, dead: &mut Vec<DeadLetter>) -> Records {
 }
 
 /// Reads a data object. Burns a core for a while: call it off the runtime threads.
-pub fn decode(parquet: Bytes) -> Result<Vec<RecordBatch>, Unreadable> {
+pub fn decode(parquet: Bytes) -> Result<Decoded, Unreadable> {
     let reader = ParquetRecordBatchReaderBuilder::try_new(parquet)?;
     let found = reader.schema();
     if found.fields().iter().map(|it| (it.name(), it.data_type())).ne(schema().fields().iter().map(|it| (it.name(), it.data_type()))) {
         return Err(Unreadable::Columns);
     }
-    Ok(reader.build()?.collect::<Result<_, _>>()?)
+    let dead = Dead::read(reader.metadata().file_metadata().key_value_metadata())?;
+    Ok(Decoded { batches: reader.build()?.collect::<Result<_, _>>()?, dead })
+}
+
+/// What a data object holds.
+#[derive(Debug)]
+pub struct Decoded {
+    /// Its rows, in order of offsets; take them out with [`rows`].
+    pub batches: Vec<RecordBatch>,
+    /// Records of its range that are no text.
+    pub dead: Vec<Dead>,
 }
 
 /// Not a data object of ours.
@@ -168,6 +174,8 @@ pub enum Unreadable {
     Arrow(#[from] ArrowError),
     #[error("its columns are not those of the lake")]
     Columns,
+    #[error("what its footer says of dead letters is not readable")]
+    Footer(#[from] serde_json::Error),
 }
 
 /// The rows of a batch that [`decode`] returned, in order of offsets.
@@ -238,7 +246,8 @@ mod tests {
             let encoded = encode(sealed(&runs)).expect("encodes");
             let all: Vec<&(Text, Text)> = runs.iter().flatten().collect();
 
-            let batches = decode(encoded.parquet).expect("decodes");
+            let Decoded { batches, dead } = decode(encoded.parquet).expect("decodes");
+            prop_assert_eq!(dead, encoded.dead.iter().map(Dead::of).collect::<Vec<_>>());
             let landed: Vec<Row<'_>> = batches.iter().flat_map(rows).collect();
             prop_assert_eq!(landed.len() as u64, encoded.rows);
             prop_assert_eq!(landed.len() + encoded.dead.len(), all.len());

@@ -12,7 +12,7 @@ use rdkafka::{
 };
 use tokio::sync::OnceCell;
 
-use super::{encode::DeadLetter, error::Error};
+use super::{dead::DeadLetter, error::Error};
 use crate::stream::Lane;
 
 /// The way to the dead-letter topic; connects with the first letter.

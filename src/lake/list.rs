@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use arrow_array::RecordBatch;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::{
-    encode,
+    encode::{self, Decoded},
     error::Error,
     log::{self, CommitRecord, READ_AHEAD},
     store::Store,
@@ -86,8 +85,8 @@ async fn list_lane(store: &Store, topic: &str, partition: i32, newest: usize) ->
     }
 }
 
-/// The records of a committed object, in order, after its size and SHA-256 were checked. Take them out with [`encode::rows`].
-pub async fn read(store: &Store, record: &CommitRecord) -> Result<Vec<RecordBatch>, Error> {
+/// The records of a committed object, in order, after its size and SHA-256 were checked.
+pub async fn read(store: &Store, record: &CommitRecord) -> Result<Decoded, Error> {
     let key = record.data.clone();
     let parquet = store.get(&key).await?.ok_or_else(|| Error::Missing(key.clone()))?;
     let expected = record.clone();
@@ -96,9 +95,9 @@ pub async fn read(store: &Store, record: &CommitRecord) -> Result<Vec<RecordBatc
         if found != expected.sha256 || parquet.len() as u64 != expected.bytes {
             return Err(format!("its SHA-256 is {found} over {} bytes, not {} over {}", parquet.len(), expected.sha256, expected.bytes));
         }
-        let batches = encode::decode(parquet).map_err(|error| chain(&error))?;
-        let rows: u64 = batches.iter().map(|it| it.num_rows() as u64).sum();
-        if rows == expected.rows { Ok(batches) } else { Err(format!("it has {rows} rows, not {}", expected.rows)) }
+        let decoded = encode::decode(parquet).map_err(|error| chain(&error))?;
+        let rows: u64 = decoded.batches.iter().map(|it| it.num_rows() as u64).sum();
+        if rows == expected.rows { Ok(decoded) } else { Err(format!("it has {rows} rows, not {}", expected.rows)) }
     });
     decoded.await?.map_err(|what| Error::Damaged { key, what })
 }

@@ -22,7 +22,9 @@ use tokio::{
 };
 use tracing::{debug, error, info, warn};
 
+mod age;
 pub mod batch;
+mod dead;
 pub mod encode;
 mod error;
 mod lane;
@@ -36,10 +38,11 @@ mod store;
 mod verify;
 
 pub use batch::Limits;
-pub use encode::{Row, rows};
+pub use dead::{Dead, DeadLetter, Identity};
+pub use encode::{Decoded, Row, rows};
 pub use error::Error;
 pub use list::{LaneListing, TableListing, list, read};
-pub use stats::{LaneStats, Latency, NewObject, Stats, TableStats};
+pub use stats::{LaneStats, NewObject, Stats, TableStats};
 pub use store::{Access, Listed, Page, Put, Store};
 pub use verify::{Finding, LaneProof, Options, Proof, verify};
 
@@ -47,7 +50,7 @@ use self::{
     batch::{Batches, Sealed},
     lane::{Found, LaneState, State, Stopped, in_log},
     letters::DeadLetters,
-    ship::{Flight, Landing, News, Ship, now_ms},
+    ship::{Ages, Flight, Landing, News, Ship, now_ms},
 };
 use crate::{
     change::Topics,
@@ -307,9 +310,9 @@ impl Sink {
     }
 
     fn arrived(&mut self, Flight { lane, life, news }: Flight) -> Result<(), Error> {
-        if let News::Committed(Ok(Landing::Landed { stored, landing, dead_letters })) = &news {
+        if let News::Committed(Ok(Landing::Landed { stored, ages, dead_letters })) = &news {
             debug!(object = stored.record.data, rows = stored.record.rows, "landed");
-            self.count(&lane, &stored.record, landing, *dead_letters);
+            self.count(&lane, &stored.record, ages, *dead_letters);
         }
         // What belongs to an earlier life of the lane has no say in this one.
         let Some(state) = self.lanes.get_mut(&lane).filter(|it| it.life == life) else { return Ok(()) };
@@ -337,7 +340,7 @@ impl Sink {
         Ok(())
     }
 
-    fn count(&self, lane: &Lane, record: &log::CommitRecord, landing: &Latency, dead_letters: u64) {
+    fn count(&self, lane: &Lane, record: &log::CommitRecord, ages: &Ages, dead_letters: u64) {
         let Some(table) = self.topics.lake_name(&lane.topic) else { return };
         self.ship.stats.send_modify(|it| {
             let counts = it.tables.entry(table.clone()).or_default();
@@ -345,7 +348,8 @@ impl Sink {
             counts.records += record.rows;
             counts.bytes += record.bytes;
             counts.dead_letters += dead_letters;
-            it.landing.merge(landing);
+            it.landing.merge(&ages.since_sent);
+            it.commit_to_landed.merge(&ages.since_committed);
             it.newest.truncate(Stats::NEWEST - 1);
             it.newest.push_front(NewObject { table, key: record.data.clone(), rows: record.rows, bytes: record.bytes, landed_at_ms: now_ms() });
         });

@@ -8,17 +8,20 @@ use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
 use super::{
+    age::Commits,
     batch::Sealed,
-    encode::{self, DeadLetter},
+    dead::DeadLetter,
+    encode,
     error::Error,
     letters::DeadLetters,
     log::{self, Appended, CommitRecord, Stored},
     object::DataKey,
-    stats::{Latency, Stats},
+    stats::Stats,
     store::Store,
 };
 use crate::{
     fault::{Backoff, Diagnose, Fault, chain},
+    latency::Histogram,
     stream::Lane,
 };
 
@@ -34,9 +37,18 @@ pub(super) struct Ship {
 /// How a batch ended.
 pub(super) enum Landing {
     /// Its records exist, by our commit record.
-    Landed { stored: Box<Stored>, landing: Latency, dead_letters: u64 },
+    Landed { stored: Box<Stored>, ages: Box<Ages>, dead_letters: u64 },
     /// Another writer has landed records from the same offset on.
     Another,
+}
+
+/// How old the records of an object are when they exist.
+#[derive(Debug, Default)]
+pub(super) struct Ages {
+    /// Since Kafka's timestamp, of each.
+    pub(super) since_sent: Histogram,
+    /// Since the commit on the source, of a sample.
+    pub(super) since_committed: Histogram,
 }
 
 /// Waits between tries; the store may be away for hours.
@@ -62,15 +74,20 @@ impl Ship {
 
     /// Makes the records of an object exist, behind the commit record whose hash is `previous`.
     pub(super) async fn commit(&self, object: Box<Object>, previous: Option<String>) -> Result<Landing, Error> {
-        let Object { record, timestamps_ms, dead, .. } = *object;
+        let Object { record, timestamps_ms, commits, dead, .. } = *object;
         // Built once: whatever was written by a try whose answer was lost is recognised by its bytes.
         let record = CommitRecord { previous, written_at: Utc::now(), ..record };
         match self.retried(|| log::append(&self.store, &record)).await? {
             Appended::Another(_) => Ok(Landing::Another),
             Appended::Ours(stored) => {
-                let (now_ms, mut landing) = (now_ms(), Latency::default());
-                timestamps_ms.iter().for_each(|it| landing.add(u64::try_from(now_ms - it).unwrap_or_default()));
-                Ok(Landing::Landed { stored: Box::new(stored), landing, dead_letters: dead.len() as u64 })
+                let now = since_1970();
+                let now_us = i64::try_from(now.as_micros()).unwrap_or(i64::MAX);
+                let mut ages = Ages { since_sent: Histogram::default(), since_committed: commits.ages(now_us) };
+                for timestamp_ms in timestamps_ms {
+                    let sent = Duration::from_millis(u64::try_from(timestamp_ms).unwrap_or_default());
+                    ages.since_sent.record(now.saturating_sub(sent));
+                }
+                Ok(Landing::Landed { stored: Box::new(stored), ages: Box::new(ages), dead_letters: dead.len() as u64 })
             }
         }
     }
@@ -114,6 +131,7 @@ pub(super) struct Object {
     /// Complete but for its place in the chain and the time it is written.
     record: CommitRecord,
     timestamps_ms: Vec<i64>,
+    commits: Commits,
     parquet: Bytes,
     dead: Vec<DeadLetter>,
 }
@@ -122,6 +140,7 @@ impl Object {
     fn new(batch: Sealed, table: String) -> Result<Self, Error> {
         let (timestamp_min, timestamp_max) = batch.timestamps_ms();
         let timestamps_ms = batch.runs.iter().flat_map(|it| it.timestamps_ms.iter().copied()).collect();
+        let commits = Commits::of(&batch.runs);
         let (lane, first_offset, last_offset, date) = (batch.lane.clone(), batch.first_offset, batch.last_offset, batch.date);
         let encoded = encode::encode(batch).map_err(|error| Error::Encode(error.into()))?;
         let sha256 = log::sha256_hex(&encoded.parquet);
@@ -141,13 +160,16 @@ impl Object {
             previous: None,
             written_at: Utc::now(),
         };
-        Ok(Self { record, timestamps_ms, parquet: encoded.parquet, dead: encoded.dead })
+        Ok(Self { record, timestamps_ms, commits, parquet: encoded.parquet, dead: encoded.dead })
     }
 }
 
 pub(super) fn now_ms() -> i64 {
-    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since_1970.as_millis()).unwrap_or(i64::MAX)
+    i64::try_from(since_1970().as_millis()).unwrap_or(i64::MAX)
+}
+
+fn since_1970() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// What a task of a lane gives back to it.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::stage::Phase;
+use crate::{latency::Histogram, stage::Phase};
 
 /// Counts since this stage started; positions as they are.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -14,8 +14,10 @@ pub struct Stats {
     pub lanes: Vec<LaneStats>,
     /// The newest objects, newest first.
     pub newest: VecDeque<NewObject>,
-    /// Kafka's timestamp → commit record written, per record.
-    pub landing: Latency,
+    /// Kafka's timestamp → commit record written, per record: this stage's own share of the way.
+    pub landing: Histogram,
+    /// Commit on the source → commit record written: the way so far, sampled over the records (`age.rs`).
+    pub commit_to_landed: Histogram,
     /// Keys and values in memory, from the consumer to the encoder.
     pub open_bytes: u64,
     /// Commit records that another writer had written first.
@@ -79,98 +81,5 @@ impl Stats {
     /// Offsets not landed yet in all lanes. None until every lane's position and end are known.
     pub fn lag(&self) -> Option<u64> {
         self.lanes.iter().map(LaneStats::lag).sum()
-    }
-}
-
-/// A histogram of milliseconds: four buckets per doubling, so a quantile is right within 19 %.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Latency {
-    counts: Vec<u64>,
-}
-
-impl Latency {
-    /// About two years; what takes longer counts as that.
-    const BUCKETS: usize = 4 * 36;
-
-    pub fn add(&mut self, milliseconds: u64) {
-        let bucket = Self::bucket(milliseconds);
-        if self.counts.len() <= bucket {
-            self.counts.resize(bucket + 1, 0);
-        }
-        self.counts[bucket] += 1;
-    }
-
-    pub fn merge(&mut self, other: &Self) {
-        if self.counts.len() < other.counts.len() {
-            self.counts.resize(other.counts.len(), 0);
-        }
-        self.counts.iter_mut().zip(&other.counts).for_each(|(mine, theirs)| *mine += theirs);
-    }
-
-    /// What was added since an earlier copy of this histogram.
-    #[must_use]
-    pub fn since(&self, earlier: &Self) -> Self {
-        let before = earlier.counts.iter().copied().chain(std::iter::repeat(0));
-        Self { counts: self.counts.iter().zip(before).map(|(now, before)| now.saturating_sub(before)).collect() }
-    }
-
-    pub fn count(&self) -> u64 {
-        self.counts.iter().sum()
-    }
-
-    /// The upper bound of the bucket that holds the given percentile, in milliseconds. None where nothing was added.
-    pub fn percentile_ms(&self, percent: u64) -> Option<u64> {
-        let rank = (self.count() * percent).div_ceil(100).max(1);
-        let mut seen = 0;
-        let bucket = self.counts.iter().position(|count| {
-            seen += count;
-            seen >= rank
-        })?;
-        Some(Self::upper_bound(bucket))
-    }
-
-    fn bucket(milliseconds: u64) -> usize {
-        if milliseconds < 4 {
-            return usize::try_from(milliseconds).unwrap_or_default();
-        }
-        let doubling = milliseconds.ilog2();
-        let quarter = (milliseconds >> (doubling - 2)) & 3;
-        usize::try_from(u64::from(doubling - 1) * 4 + quarter).unwrap_or(Self::BUCKETS).min(Self::BUCKETS - 1)
-    }
-
-    fn upper_bound(bucket: usize) -> u64 {
-        if bucket < 4 {
-            return bucket as u64;
-        }
-        let (doubling, quarter) = (bucket / 4 + 1, bucket as u64 % 4);
-        ((4 + quarter + 1) << (doubling - 2)) - 1
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn a_percentile_is_right_within_a_fifth(milliseconds in 0_u64..100_000_000) {
-            let mut latency = Latency::default();
-            latency.add(milliseconds);
-            let told = latency.percentile_ms(99).expect("one sample");
-            prop_assert!(told >= milliseconds && told <= milliseconds + milliseconds / 4, "{} for {}", told, milliseconds);
-        }
-    }
-
-    #[test]
-    fn percentiles_split_the_samples() {
-        let mut latency = Latency::default();
-        (0..99).for_each(|_| latency.add(2));
-        let before = latency.clone();
-        latency.add(3_000);
-        assert_eq!((latency.percentile_ms(50), latency.percentile_ms(99)), (Some(2), Some(2)));
-        assert_eq!(latency.percentile_ms(100), Some(3_071));
-        assert_eq!(latency.since(&before).count(), 1);
-        assert_eq!(Latency::default().percentile_ms(50), None);
     }
 }

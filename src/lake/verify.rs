@@ -9,7 +9,7 @@ use futures_util::{StreamExt as _, stream};
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    encode::{origins, rows},
+    encode::{Decoded, origins, rows},
     error::Error,
     list::read,
     log::{self, CommitRecord, READ_AHEAD, Stored},
@@ -275,7 +275,7 @@ fn check_link(key: &str, lane: &Lane, Stored { record, sha256 }: &Stored, tail: 
 
 /// What is wrong inside a data object whose hash is right.
 async fn check_object(store: &Store, record: &CommitRecord) -> Result<Vec<String>, Error> {
-    let batches = read(store, record).await?;
+    let Decoded { batches, dead } = read(store, record).await?;
     let record = record.clone();
     let checked = tokio::task::spawn_blocking(move || {
         let mut wrong = Vec::new();
@@ -292,6 +292,9 @@ async fn check_object(store: &Store, record: &CommitRecord) -> Result<Vec<String
         }
         if batches.iter().flat_map(origins).any(|it| it != (record.topic.as_str(), record.partition)) {
             wrong.push("it holds rows of another lane".to_owned());
+        }
+        if dead.len() as u64 > record.holes() || dead.iter().any(|it| !(record.first_offset..=record.last_offset).contains(&it.offset)) {
+            wrong.push("its footer names dead letters that are not of its range".to_owned());
         }
         wrong
     });

@@ -12,7 +12,7 @@ use crate::{
     dag, dbt, lake, notify, refresh,
     secret::Secret,
     stage,
-    warehouse::postgres::Postgres,
+    warehouse::postgres::{Postgres, SnapshotEnds},
 };
 
 use super::{
@@ -157,9 +157,10 @@ async fn schedule_runs(hands: Arc<Hands>, requests: mpsc::Receiver<dag::Request>
     Ok(outcome?)
 }
 
-async fn snapshot_ends(state: Secret, topic_prefix: String) -> Result<Option<refresh::SnapshotEnds>, dag::TaskError> {
+async fn snapshot_ends(state: Secret, topic_prefix: String) -> Result<Option<SnapshotEnds>, dag::TaskError> {
     let ends = cdc::snapshot_ends(&state, &topic_prefix).await.map_err(|error| dag::TaskError::from(&error))?;
-    Ok(ends.map(|it| it.ends.into_iter().map(|lane| (lane.topic, lane.partition, lane.end_offset)).collect()))
+    let lanes = |ends: Vec<cdc::LaneEnd>| ends.into_iter().map(|lane| (lane.topic, lane.partition, lane.end_offset)).collect();
+    Ok(ends.map(|it| SnapshotEnds { lsn: Some(it.lsn), lanes: lanes(it.ends) }))
 }
 
 pub(super) fn mail(loaded: &Loaded, data_dir: &DataDir, services: &Services, control: stage::Control<notify::Stats>) -> Start {

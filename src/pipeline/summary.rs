@@ -10,7 +10,8 @@ use crate::{
     change::Lsn,
     dag::{Run, RunState, TaskInstance, TaskState},
     dbt::{Kind, TestCounts},
-    kpi::{self, Kpis},
+    kpi::Kpis,
+    latency::Histogram,
     notify,
     warehouse::reconcile,
 };
@@ -106,6 +107,7 @@ pub struct Cut {
     pub age_ms: i64,
 }
 
+/// From the commit on the source: of records until they exist in the lake (sampled), of transactions until the KPIs show them.
 #[derive(Debug, Serialize)]
 pub struct Latencies {
     pub commit_to_landed: Percentiles,
@@ -144,7 +146,7 @@ impl Summary {
             reconcile: refresh.reconcile.as_ref().map(|it| it.report.clone()),
             mails,
             cut: now.cut().map(|cut| Cut { lsn: cut.lsn, committed_at: cut.committed_at, age_ms: (now.at - cut.committed_at).num_milliseconds() }),
-            latency_ms: Latencies { commit_to_landed: commit_to_landed(now), commit_to_kpi: commit_to_kpi(&refresh.commit_to_kpi) },
+            latency_ms: Latencies { commit_to_landed: (&now.lake.commit_to_landed).into(), commit_to_kpi: (&refresh.commit_to_kpi).into() },
             peak_rss_mb: now.rss_peak_bytes.div_ceil(1 << 20),
         }
     }
@@ -175,25 +177,8 @@ fn short(table: &str) -> String {
     table.strip_prefix("public.").unwrap_or(table).to_owned()
 }
 
-/// From commit to the broker's acknowledgement, and from there to the commit record: the two are measured apart, and the sum
-/// of their percentiles is no less than the percentile of the sum for what is late at most once.
-fn commit_to_landed(now: &Snapshot) -> Percentiles {
-    let captured = now.cdc.latency;
-    let landed = |percent, captured_ms: f64| Some(now.lake.landing.percentile_ms(percent)? + captured_ms.ceil() as u64);
-    Percentiles { p50: landed(50, captured.p50_ms), p99: landed(99, captured.p99_ms) }
-}
-
-/// Over all refreshes, each weighed by the transactions it brought.
-fn commit_to_kpi(refreshes: &[kpi::Latency]) -> Percentiles {
-    let weighted = |percent: u64, value: fn(&kpi::Latency) -> u64| {
-        let mut sorted: Vec<(u64, u64)> = refreshes.iter().map(|it| (value(it), it.transactions)).collect();
-        sorted.sort_unstable();
-        let rank = (sorted.iter().map(|it| it.1).sum::<u64>() * percent).div_ceil(100);
-        let mut seen = 0;
-        sorted.into_iter().find_map(|(milliseconds, transactions)| {
-            seen += transactions;
-            (seen >= rank).then_some(milliseconds)
-        })
-    };
-    Percentiles { p50: weighted(50, |it| it.p50_ms), p99: weighted(99, |it| it.p99_ms) }
+impl From<&Histogram> for Percentiles {
+    fn from(took: &Histogram) -> Self {
+        Self { p50: took.percentile_ms(50), p99: took.percentile_ms(99) }
+    }
 }

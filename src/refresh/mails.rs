@@ -3,7 +3,10 @@
 use chrono::{DateTime, Utc};
 use serde::de::DeserializeOwned;
 
-use super::transform::{DbtNote, KpiNote, ReconcileNote};
+use super::{
+    Discovered, Rooms,
+    transform::{DbtNote, KpiNote, ReconcileNote},
+};
 use crate::{
     change::{BANK_TABLES, BOUNDARIES},
     dag::{Run, TaskContext, TaskError, TaskInstance, TaskOutcome, TaskState},
@@ -12,17 +15,20 @@ use crate::{
         About, Kind, Outbox,
         letter::{self, Failure, Subject, TableLoad, TestCounts, Transformation},
     },
-    warehouse::load::Loaded,
 };
 
 /// Records the load report; sending it is the outbox's business.
-pub(super) async fn loading_report(outbox: &Outbox, context: &TaskContext) -> Result<TaskOutcome, TaskError> {
+///
+/// It counts what the warehouse has got since the run began, not what the last try of each task remembers.
+pub(super) async fn loading_report(rooms: &Rooms, context: &TaskContext) -> Result<TaskOutcome, TaskError> {
+    let began: Discovered = note(context, "discover_files");
+    let loaded = rooms.warehouse.loaded_since(&rooms.topics, &began.loaded).await.map_err(|error| TaskError::from(&error))?;
     let tables = BANK_TABLES.into_iter().chain([BOUNDARIES]).map(|table| {
-        let loaded: Loaded = note(context, &format!("load_{table}"));
+        let loaded = loaded.get(table).copied().unwrap_or_default();
         TableLoad { table: table.to_owned(), files: loaded.files, rows: loaded.rows }
     });
     let letter = letter::load_report(&subject(context), &tables.collect::<Vec<_>>());
-    post(outbox, context, Kind::LoadReport, &letter).await
+    post(&rooms.outbox, context, Kind::LoadReport, &letter).await
 }
 
 /// Records the transformation report.

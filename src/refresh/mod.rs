@@ -11,6 +11,7 @@
 use std::sync::Arc;
 
 use futures_util::{FutureExt, future::BoxFuture};
+use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, watch};
 
 mod mails;
@@ -26,7 +27,12 @@ use crate::{
     lake::Store,
     notify::Outbox,
     secret::Secret,
-    warehouse::{self, postgres::Postgres, reconcile::Mark},
+    warehouse::{
+        self,
+        load::Pending,
+        postgres::{Position, Postgres, SnapshotEnds},
+        reconcile::Mark,
+    },
 };
 use stats::Board;
 
@@ -44,10 +50,7 @@ fn table_of(task_id: &str) -> Option<&str> {
     task_id.strip_prefix("load_").filter(|table| BANK_TABLES.contains(table) || *table == BOUNDARIES)
 }
 
-/// Topic, partition and end offset of each lane when the initial snapshot had been read; None until it has been.
-pub type SnapshotEnds = Vec<(String, i32, i64)>;
-
-/// Asks whoever captures the changes for them.
+/// Asks whoever captures the changes where the initial snapshot ended; None until it has.
 pub type AskSnapshotEnds = Arc<dyn Fn() -> BoxFuture<'static, Result<Option<SnapshotEnds>, TaskError>> + Send + Sync>;
 
 /// What the tasks work with.
@@ -88,8 +91,6 @@ struct Transforming {
     /// Taken in an earlier run, to be compared once the cut has reached it.
     mark: Option<Mark>,
     reconcile_not_before: Option<std::time::Instant>,
-    /// What the KPIs have shown; the outer None: not known yet, the inner one: nothing.
-    shown: Option<Option<warehouse::Cut>>,
 }
 
 /// Both DAGs with the settings of `[dag]`.
@@ -140,7 +141,7 @@ async fn perform(house: Arc<House>, context: TaskContext) -> Result<TaskOutcome,
     let work = async {
         match context.task_id.as_str() {
             "discover_files" => discover(&house, &context).await,
-            "loading_report_email" => mails::loading_report(&house.rooms.outbox, &context).await,
+            "loading_report_email" => mails::loading_report(&house.rooms, &context).await,
             "reconcile" => transform::reconcile(&house, &context).await,
             "refresh_kpis" => transform::refresh_kpis(&house, &context).await,
             "dbt_report_email" => mails::transformation_report(&house.rooms.outbox, &context).await,
@@ -157,6 +158,14 @@ async fn perform(house: Arc<House>, context: TaskContext) -> Result<TaskOutcome,
     }
 }
 
+/// What the discovery leaves for the load report.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Discovered {
+    pending: Vec<Pending>,
+    /// Where each lane was when the run began.
+    loaded: Vec<Position>,
+}
+
 /// Prepares the warehouse once, passes on where the initial snapshot ended, and counts what waits in the lake.
 async fn discover(house: &House, context: &TaskContext) -> Result<TaskOutcome, TaskError> {
     let rooms = &house.rooms;
@@ -168,16 +177,19 @@ async fn discover(house: &House, context: &TaskContext) -> Result<TaskOutcome, T
     let ends = (rooms.snapshot_ends)().await?;
     if let Some(ends) = ends.filter(|it| kept.snapshot_ends.as_ref() != Some(it)) {
         rooms.warehouse.set_snapshot_ends(&ends).await.map_err(|error| TaskError::from(&error))?;
-        context.log.line(format!("the initial snapshot ended; {} lanes are complete once they are loaded up to there", ends.len()));
+        context.log.line(format!("the initial snapshot ended; {} lanes are complete once they are loaded up to there", ends.lanes.len()));
         kept.snapshot_ends = Some(ends);
     }
     drop(kept);
+    // Before any load of this run begins: a try that is killed leaves its part loaded, and the report must count it.
+    let loaded = rooms.warehouse.loaded_positions().await.map_err(|error| TaskError::from(&error))?;
+    let loaded = loaded.into_iter().map(|(lane, last_offset)| Position { topic: lane.topic.to_string(), partition: lane.partition, last_offset }).collect();
     let pending = warehouse::load::discover(&rooms.store, &rooms.warehouse, &rooms.topics).await.map_err(|error| TaskError::from(&error))?;
     for table in pending.iter().filter(|it| it.files > 0) {
         context.log.line(format!("{}: {} files with {} rows wait", table.table, table.files, table.rows));
     }
     house.board.discovered(&pending);
-    Ok(TaskOutcome::with_note(&pending))
+    Ok(TaskOutcome::with_note(&Discovered { pending, loaded }))
 }
 
 async fn load(house: &House, context: &TaskContext, table: &str) -> Result<TaskOutcome, TaskError> {

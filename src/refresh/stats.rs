@@ -9,14 +9,12 @@ use tokio::sync::watch;
 use crate::{
     dbt::{FailingRows, Kind, Node, NodeEvent, RunResults, Status, TestCounts},
     kpi,
+    latency::Histogram,
     warehouse::{
         load::{Loaded, Pending},
         reconcile::Report,
     },
 };
-
-/// KPI refreshes whose way from commit to number is remembered.
-const LATENCIES_KEPT: usize = 512;
 
 /// Loading and transforming, as an operator may see them.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -26,8 +24,8 @@ pub struct Stats {
     pub dbt: DbtStats,
     pub kpis: Option<KpiStats>,
     pub reconcile: Option<ReconcileStats>,
-    /// How long transactions took to show in the KPIs, one entry per refresh that showed any, oldest first.
-    pub commit_to_kpi: Vec<kpi::Latency>,
+    /// How long transactions took to show in the KPIs, since this process started.
+    pub commit_to_kpi: Histogram,
 }
 
 /// One table on its way into the warehouse.
@@ -247,13 +245,12 @@ impl Board {
         self.stats.send_modify(|stats| stats.reconcile = Some(reconcile));
     }
 
-    pub(super) fn kpis(&self, kpis: KpiStats, latency: Option<kpi::Latency>) {
-        self.stats.send_modify(|stats| {
-            stats.kpis = Some(kpis);
-            stats.commit_to_kpi.extend(latency);
-            let surplus = stats.commit_to_kpi.len().saturating_sub(LATENCIES_KEPT);
-            stats.commit_to_kpi.drain(..surplus);
-        });
+    pub(super) fn kpis(&self, kpis: KpiStats) {
+        self.stats.send_modify(|stats| stats.kpis = Some(kpis));
+    }
+
+    pub(super) fn shown(&self, took: &Histogram) {
+        self.stats.send_modify(|stats| stats.commit_to_kpi.merge(took));
     }
 }
 

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     dag::{TaskContext, TaskError, TaskOutcome},
     dbt::{Command, Invocation, Kind, RunResults, Status, TestCounts},
-    fault::Fault,
+    fault::{Fault, chain},
     kpi,
     notify::letter::FailedTest,
     units::{Money, grouped},
@@ -63,7 +63,6 @@ pub(super) async fn invoke(house: &House, context: &TaskContext, invocation: Inv
     let rooms = &house.rooms;
     let command = invocation.command;
     let invocation = invocation.with_var("topic_prefix", rooms.topics.prefix()).with_var("snapshot", rooms.snapshot.clone());
-    know_what_is_shown(house).await;
     house.board.lay_out(&context.run_id, &rooms.dbt.nodes());
     let (events_in, mut events) = mpsc::channel(EVENTS_WAITING_MAX);
     let listen = async {
@@ -190,34 +189,24 @@ fn said(check: &Check) -> String {
     format!("{}: expected {}, found {}{detail}", check.name, check.expected, check.actual)
 }
 
-/// Before dbt moves the cut for the first time in this process: what an earlier one had shown is not new.
-async fn know_what_is_shown(house: &House) {
-    let mut kept = house.transforming.lock().await;
-    if kept.shown.is_none() {
-        kept.shown = house.rooms.warehouse.cut().await.ok();
-    }
-}
-
 /// Reads the ten numbers, and how long the newest transactions took to get into them.
 pub(super) async fn refresh_kpis(house: &House, context: &TaskContext) -> Result<TaskOutcome, TaskError> {
     let reading = kpi::read_as_of(&house.rooms.warehouse).await.map_err(|error| TaskError::from(&error))?;
     let read_at = Utc::now();
-    let mut kept = house.transforming.lock().await;
-    let latency = match (kept.shown, reading.cut) {
-        (Some(before), Some(cut)) if before.is_none_or(|before| cut.lsn > before.lsn) => {
-            let measured = kpi::latency(&house.rooms.warehouse, before.map(|it| it.lsn), cut.lsn, read_at).await;
-            measured.inspect_err(|error| context.log.line(format!("the way from commit to KPI was not measured: {error}"))).unwrap_or_default()
-        }
-        _ => None,
-    };
-    kept.shown = Some(reading.cut);
-    drop(kept);
     if let Some(cut) = reading.cut {
         context.log.line(format!("as of {}, {} ms ago", cut.committed_at, (read_at - cut.committed_at).num_milliseconds()));
     }
     let note = KpiNote { as_of: reading.cut.map(|it| it.committed_at), figures: figures(&reading.kpis) };
     let outcome = TaskOutcome::with_note(&note);
-    house.board.kpis(KpiStats { reading, read_at, run_id: context.run_id.clone() }, latency);
+    let cut = reading.cut;
+    house.board.kpis(KpiStats { reading, read_at, run_id: context.run_id.clone() });
+    // Behind the moment at which they can be seen, not before it.
+    if let Some(cut) = cut {
+        match kpi::measure(&house.rooms.warehouse, cut.lsn, Utc::now()).await {
+            Ok(took) => house.board.shown(&took),
+            Err(error) => context.log.line(format!("the way from commit to KPI was not measured: {}", chain(&error))),
+        }
+    }
     Ok(outcome)
 }
 

@@ -5,7 +5,8 @@
 //! goes on behind it. Whatever breaks in the middle takes its whole transaction with it.
 //!
 //! A record that PostgreSQL refuses as `jsonb` is kept out of the table and written to `raw._rejected` with its position and
-//! the reason, in the same transaction; `_loads.rows` counts it, because it has arrived.
+//! the reason, in the same transaction; `_loads.rows` counts it, because it has arrived. So is a record that the lake could not
+//! take (it is no text, and lies in the dead-letter topic): the object says which it was. Nobody waits for either.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     change::Topics,
-    lake::{self, Store, log::CommitRecord},
+    lake::{self, Dead, Decoded, Identity, Store, log::CommitRecord},
     stream::Lane,
 };
 
@@ -49,6 +50,7 @@ pub struct Loaded {
     pub files: u64,
     /// Records of those files, those that were refused included.
     pub rows: u64,
+    /// Records that were refused, and those that the lake could not take.
     pub rejected: u64,
 }
 
@@ -163,18 +165,19 @@ impl Target<'_> {
         let poured = pour.objects(self.store, self.room, group, RawRow).await;
         // Ends the COPY in both cases, so that the connection stays in step with the server.
         let copied = pour.finish().await;
-        poured?;
+        let dead = poured?;
         copied.during(format!("load {into}"))?;
-        self.commit(transaction, group, &vec![0; group.len()]).await.map(Some)
+        self.commit(transaction, group, dead, &vec![0; group.len()]).await.map(Some)
     }
 
     /// The path of a group that holds a record `jsonb` refuses: object by object, halves of halves, until the record stands
     /// alone. Slow, and rare.
     async fn one_by_one(&self, connection: &mut PgConnection, position: Option<i64>, group: &[CommitRecord]) -> Result<Option<Loaded>, Error> {
         let Some(mut transaction) = self.begin(connection, position).await? else { return Ok(None) };
-        let mut rejected = Vec::with_capacity(group.len());
+        let (mut rejected, mut all_dead) = (Vec::with_capacity(group.len()), Vec::with_capacity(group.len()));
         for record in group {
-            let batches = lake::read(self.store, record).await.map_err(Error::Lake)?;
+            let Decoded { batches, dead } = lake::read(self.store, record).await.map_err(Error::Lake)?;
+            all_dead.push(dead);
             let mut refused = 0;
             let mut halves: Vec<RecordBatch> = batches.into_iter().rev().collect();
             while let Some(rows) = halves.pop() {
@@ -184,13 +187,17 @@ impl Target<'_> {
                     halves.push(rows.slice(half, rows.num_rows() - half));
                     halves.push(rows.slice(0, half));
                 } else {
-                    reject(&mut transaction, record, &rows, &reason).await.during("write raw._rejected")?;
+                    for row in lake::rows(&rows) {
+                        let identity = Identity::of(row.value.unwrap_or_default().as_bytes());
+                        let dead = Dead { offset: row.offset, reason: reason.clone(), identity };
+                        reject(&mut transaction, record, dead, true).await.during("write raw._rejected")?;
+                    }
                     refused += 1;
                 }
             }
             rejected.push(refused);
         }
-        self.commit(transaction, group, &rejected).await.map(Some)
+        self.commit(transaction, group, all_dead, &rejected).await.map(Some)
     }
 
     /// Copies these rows, or leaves nothing behind and says why `jsonb` refused one of them.
@@ -222,55 +229,34 @@ impl Target<'_> {
         Ok(None)
     }
 
-    async fn commit(&self, mut transaction: Transaction<'_, sqlx::Postgres>, group: &[CommitRecord], rejected: &[i64]) -> Result<Loaded, Error> {
-        note(&mut transaction, group, rejected).await.during("write raw._loads")?;
+    async fn commit(
+        &self,
+        mut transaction: Transaction<'_, sqlx::Postgres>,
+        group: &[CommitRecord],
+        all_dead: Vec<Vec<Dead>>,
+        refused: &[i64],
+    ) -> Result<Loaded, Error> {
+        let rejected: Vec<i64> = refused.iter().zip(&all_dead).map(|(refused, dead)| refused + dead.len() as i64).collect();
+        for (record, all_dead) in group.iter().zip(all_dead) {
+            for dead in all_dead {
+                reject(&mut transaction, record, dead, false).await.during("write raw._rejected")?;
+            }
+        }
+        note(&mut transaction, group, &rejected).await.during("write raw._loads")?;
         transaction.commit().await.during(format!("commit a load of {}", self.into))?;
         Ok(Loaded { files: group.len() as u64, rows: group.iter().map(|it| it.rows).sum(), rejected: rejected.iter().sum::<i64>().unsigned_abs() })
     }
 }
 
-async fn reject(connection: &mut PgConnection, record: &CommitRecord, row: &RecordBatch, reason: &str) -> Result<(), sqlx::Error> {
-    for row in lake::rows(row) {
-        let known = Identity::of(row.value.unwrap_or_default());
-        tracing::warn!(topic = record.topic, partition = record.partition, offset = row.offset, reason, "record refused by the warehouse");
-        sqlx::query("insert into raw._rejected(topic, partition, \"offset\", reason, object, tx_id, lsn, op, key) values ($1, $2, $3, $4, $5, $6, $7, $8, $9)")
-            .bind(&record.topic)
-            .bind(record.partition)
-            .bind(row.offset)
-            .bind(reason)
-            .bind(&record.data)
-            .bind(known.tx_id)
-            .bind(known.lsn)
-            .bind(known.op)
-            .bind(known.key)
-            .execute(&mut *connection)
-            .await?;
-    }
+/// `landed`: the record lies in the object; otherwise in the dead-letter topic.
+async fn reject(connection: &mut PgConnection, record: &CommitRecord, dead: Dead, landed: bool) -> Result<(), sqlx::Error> {
+    let Dead { offset, reason, identity: known } = dead;
+    tracing::warn!(topic = record.topic, partition = record.partition, offset, reason, "record kept out of the warehouse");
+    let sql = "insert into raw._rejected(topic, partition, \"offset\", reason, object, tx_id, lsn, op, key, landed)
+               values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)";
+    let row = sqlx::query(sql).bind(&record.topic).bind(record.partition).bind(offset).bind(&reason).bind(&record.data);
+    row.bind(known.tx_id).bind(known.lsn).bind(known.op).bind(known.key).bind(landed).execute(connection).await?;
     Ok(())
-}
-
-/// What a refused record still says about itself: enough to count it as arrived. All unknown where it is not even JSON.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Identity {
-    tx_id: Option<i64>,
-    lsn: Option<i64>,
-    op: Option<String>,
-    key: Option<String>,
-}
-
-impl Identity {
-    fn of(value: &str) -> Self {
-        // What cannot be text in PostgreSQL is exactly what may have been refused.
-        let text = |value: &serde_json::Value| match value {
-            serde_json::Value::String(text) => Some(text.replace('\0', "")),
-            serde_json::Value::Number(number) => Some(number.to_string()),
-            _ => None,
-        };
-        let Ok(envelope) = serde_json::from_str::<serde_json::Value>(value) else { return Self::default() };
-        let op = text(&envelope["op"]);
-        let image = if op.as_deref() == Some("d") { "before" } else { "after" };
-        Self { tx_id: envelope["source"]["txId"].as_i64(), lsn: envelope["source"]["lsn"].as_i64(), key: text(&envelope[image]["id"]), op }
-    }
 }
 
 async fn position(connection: &mut PgConnection, lane: &Lane) -> Result<Option<i64>, sqlx::Error> {
@@ -385,12 +371,5 @@ mod tests {
                 prop_assert!(rows > TRANSACTION_ROWS || bytes > TRANSACTION_BYTES);
             }
         }
-    }
-
-    #[test]
-    fn a_refused_record_says_what_it_can() {
-        let delete = Identity::of(r#"{"op":"d","before":{"id":7},"after":null,"source":{"txId":5,"lsn":9}}"#);
-        assert_eq!(delete, Identity { tx_id: Some(5), lsn: Some(9), op: Some("d".to_owned()), key: Some("7".to_owned()) });
-        assert_eq!(Identity::of("{]"), Identity::default());
     }
 }

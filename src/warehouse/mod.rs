@@ -57,7 +57,7 @@ pub struct Stats {
     pub files_loaded: BTreeMap<String, u64>,
     /// Records of those files, those that were refused included.
     pub rows_loaded: BTreeMap<String, u64>,
-    /// Records that PostgreSQL refuses as `jsonb`; each is a row in `raw._rejected`.
+    /// Records that PostgreSQL refuses as `jsonb` or the lake could not take; each is a row in `raw._rejected`.
     pub rows_rejected: BTreeMap<String, u64>,
 }
 

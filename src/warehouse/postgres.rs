@@ -3,13 +3,14 @@
 use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc, time::Duration};
 
 use chrono::NaiveDateTime;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Row,
-    postgres::{PgConnectOptions, PgPoolOptions},
+    postgres::{PgConnectOptions, PgPoolOptions, PgRow},
 };
 
-use super::{Cut, Error, Stats, While, pour::Room};
+use super::{Cut, Error, Stats, While, load::Loaded, pour::Room};
 use crate::{
     change::{BANK_TABLES, BOUNDARIES, Lsn, Topics},
     secret::{Secret, without_password},
@@ -54,6 +55,24 @@ impl fmt::Display for RawTable {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "raw.\"{}\"", self.0.replace('"', "\"\""))
     }
+}
+
+/// How far a lane is loaded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    pub topic: String,
+    pub partition: i32,
+    pub last_offset: i64,
+}
+
+/// Where the initial snapshot ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SnapshotEnds {
+    /// Where in the WAL it was read: tells its rows from those of an attempt that died. None where nobody knows, then the newest
+    /// rows are meant.
+    pub lsn: Option<Lsn>,
+    /// Topic, partition and end offset of each lane.
+    pub lanes: Vec<(String, i32, i64)>,
 }
 
 /// A warehouse in a PostgreSQL database. Clones share its connections.
@@ -107,6 +126,26 @@ impl Postgres {
             .collect())
     }
 
+    /// What has been loaded behind these positions, by table: the truth about a run, however often its loads were interrupted.
+    pub async fn loaded_since(&self, topics: &Topics, positions: &[Position]) -> Result<BTreeMap<String, Loaded>, Error> {
+        let sql = "select l.topic, count(*), sum(l.rows)::bigint, sum(l.rejected)::bigint from raw._loads l
+             left join unnest($1::text[], $2::int[], $3::bigint[]) as before(topic, partition, last_offset) on before.topic = l.topic and before.partition = l.partition
+             where before.topic is null or l.last_offset > before.last_offset group by l.topic";
+        let rows = sqlx::query(sql)
+            .bind(positions.iter().map(|it| it.topic.as_str()).collect::<Vec<_>>())
+            .bind(positions.iter().map(|it| it.partition).collect::<Vec<_>>())
+            .bind(positions.iter().map(|it| it.last_offset).collect::<Vec<_>>())
+            .fetch_all(&self.pool)
+            .await
+            .during("read raw._loads")?;
+        let loaded = |row: &PgRow| Loaded {
+            files: row.get::<i64, _>(1).unsigned_abs(),
+            rows: row.get::<i64, _>(2).unsigned_abs(),
+            rejected: row.get::<i64, _>(3).unsigned_abs(),
+        };
+        Ok(rows.iter().filter_map(|row| Some((topics.lake_name(row.get(0))?, loaded(row)))).collect())
+    }
+
     /// What has been loaded so far, by table.
     pub async fn stats(&self, topics: &Topics) -> Result<Stats, Error> {
         let mut stats = Stats::default();
@@ -124,17 +163,18 @@ impl Postgres {
     ///
     /// Replaces what was said before in one transaction; saying it again is harmless. An empty list means the source had
     /// nothing to read and is not the same as never having been called, so it is refused: name every lane, with offset 0.
-    pub async fn set_snapshot_ends(&self, ends: &[(String, i32, i64)]) -> Result<(), Error> {
-        let (topics, rest): (Vec<&str>, Vec<(i32, i64)>) = ends.iter().map(|(topic, partition, end)| (topic.as_str(), (*partition, *end))).unzip();
+    pub async fn set_snapshot_ends(&self, ends: &SnapshotEnds) -> Result<(), Error> {
+        let (topics, rest): (Vec<&str>, Vec<(i32, i64)>) = ends.lanes.iter().map(|(topic, partition, end)| (topic.as_str(), (*partition, *end))).unzip();
         let (partitions, offsets): (Vec<i32>, Vec<i64>) = rest.into_iter().unzip();
         let write = async {
             let mut transaction = self.pool.begin().await?;
             sqlx::query("lock table raw._snapshot_ends in share row exclusive mode").execute(&mut *transaction).await?;
             sqlx::query("delete from raw._snapshot_ends").execute(&mut *transaction).await?;
-            sqlx::query("insert into raw._snapshot_ends(topic, partition, end_offset) select * from unnest($1::text[], $2::int[], $3::bigint[])")
+            sqlx::query("insert into raw._snapshot_ends(topic, partition, end_offset, lsn) select *, $4 from unnest($1::text[], $2::int[], $3::bigint[])")
                 .bind(topics)
                 .bind(partitions)
                 .bind(offsets)
+                .bind(ends.lsn.map(|it| it.0.cast_signed()))
                 .execute(&mut *transaction)
                 .await?;
             transaction.commit().await
@@ -195,7 +235,9 @@ fn table_ddl(table: &RawTable) -> String {
 }
 
 /// `_loads` has two keys: a lane's objects neither begin nor end at the same offset, so of two loaders one fails.
-/// `_rejected` holds what a record still said about itself, so that the cut can count it as arrived; its bytes are in the lake.
+/// `_shown` has one row, the cut that the KPIs have shown.
+/// `_rejected` holds what a record still said about itself, so that the cut can count it as arrived; its bytes are in the
+/// lake (`landed`) or in the dead-letter topic.
 const SCHEMAS: &str = "
 create schema if not exists raw;
 create schema if not exists staging;
@@ -207,9 +249,12 @@ create table if not exists raw._loads(
     primary key (topic, partition, last_offset), unique (topic, partition, first_offset));
 create table if not exists raw._rejected(
     topic text not null, partition integer not null, \"offset\" bigint not null, reason text not null, object text not null,
-    tx_id bigint, lsn bigint, op text, key text, rejected_at timestamptz not null default now(),
+    tx_id bigint, lsn bigint, op text, key text, landed boolean not null default true, rejected_at timestamptz not null default now(),
     primary key (topic, partition, \"offset\"));
-create table if not exists raw._snapshot_ends(topic text not null, partition integer not null, end_offset bigint not null, primary key (topic, partition));
+alter table raw._rejected add column if not exists landed boolean not null default true;
+create table if not exists raw._snapshot_ends(topic text not null, partition integer not null, end_offset bigint not null, lsn bigint, primary key (topic, partition));
+alter table raw._snapshot_ends add column if not exists lsn bigint;
+create table if not exists raw._shown(lsn bigint primary key, shown_at timestamptz not null);
 ";
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use sqlx::{PgConnection, postgres::PgCopyIn};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::{Error, While};
-use crate::lake::{self, Store, log::CommitRecord};
+use crate::lake::{self, Dead, Decoded, Store, log::CommitRecord};
 
 /// Objects fetched ahead of the one that is being sent, so that a thousand small ones are not a thousand round trips.
 const AHEAD: usize = 8;
@@ -105,15 +105,18 @@ impl<'a> Pour<'a> {
         self.send().await
     }
 
-    /// Sends all records of these objects, in order, each checked against its hash and its number of rows.
-    pub(super) async fn objects(&mut self, store: &Store, room: &Room, records: &[CommitRecord], encode: impl Encode) -> Result<(), Error> {
+    /// Sends all records of these objects, in order, each checked against its hash and its number of rows. Returns what each
+    /// says of records that it does not hold.
+    pub(super) async fn objects(&mut self, store: &Store, room: &Room, records: &[CommitRecord], encode: impl Encode) -> Result<Vec<Vec<Dead>>, Error> {
         let fetch = |record: CommitRecord| async move {
             let place = room.take(record.bytes).await?;
-            let batches = lake::read(store, &record).await.map_err(Error::Lake)?;
-            Ok::<_, Error>((place, record, batches))
+            let decoded = lake::read(store, &record).await.map_err(Error::Lake)?;
+            Ok::<_, Error>((place, record, decoded))
         };
         let mut fetched = stream::iter(records.iter().cloned()).map(fetch).buffered(AHEAD);
-        while let Some((_place, record, batches)) = fetched.try_next().await? {
+        let mut all_dead = Vec::with_capacity(records.len());
+        while let Some((_place, record, Decoded { batches, dead })) = fetched.try_next().await? {
+            all_dead.push(dead);
             let (chunks, mut encoded) = mpsc::channel::<Bytes>(CHUNKS_AHEAD);
             let encode = encode.clone();
             let encoding = tokio::task::spawn_blocking(move || encode_all(&encode, &record, &batches, &chunks));
@@ -123,7 +126,7 @@ impl<'a> Pour<'a> {
             }
             encoding.await.map_err(|_| Error::Interrupted)?;
         }
-        Ok(())
+        Ok(all_dead)
     }
 
     async fn send(&mut self) -> Result<(), sqlx::Error> {

@@ -100,7 +100,7 @@ class Landing:
             topic text, partition integer, first_offset bigint, last_offset bigint, object text, rows bigint,
             loaded_at timestamptz default now(), primary key (topic, partition, last_offset)
         );
-        create table raw._snapshot_ends (topic text, partition integer, end_offset bigint);
+        create table raw._snapshot_ends (topic text, partition integer, end_offset bigint, lsn bigint);
         create table raw._rejected (topic text, partition integer, "offset" bigint, reason text, tx_id bigint, lsn bigint, op text, key text);
         """
     ) + "".join(
@@ -142,9 +142,9 @@ class Landing:
         for lane in self.cdc.lanes:
             self.land(lane, 1 << 60)
 
-    def tell_snapshot_ends(self, ends):
-        rows = [(f"bank.public.{table}", partition, end) for (table, partition), end in ends.items()]
-        self.connection.cursor().executemany("insert into raw._snapshot_ends values (%s, %s, %s)", rows)
+    def tell_snapshot_ends(self, ends, lsn):
+        rows = [(f"bank.public.{table}", partition, end, lsn) for (table, partition), end in ends.items()]
+        self.connection.cursor().executemany("insert into raw._snapshot_ends values (%s, %s, %s, %s)", rows)
         self.connection.commit()
 
     def forget(self):

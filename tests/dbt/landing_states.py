@@ -41,7 +41,7 @@ class Case:
     def __init__(self, seed, options, dbt):
         self.seed, self.options, self.dbt, self.random = seed, options, dbt, random.Random(seed * 31)
         self.bank, self.cdc = Bank(seed, wrap_xids_after=1500 if seed % 2 else 0), Cdc(seed)
-        self.snapshot = self.snapshot_ends = None
+        self.snapshot = self.snapshot_ends = self.snapshot_lsn = None
         if seed % 3:
             self.take_snapshot(0 if seed % 6 == 5 else 300)
         self.transactions = list(self.bank.commits(self.plans()))
@@ -61,6 +61,8 @@ class Case:
         # An empty bank has nothing to read: its snapshot is a unit without rows, and without a moment of its own.
         self.snapshot = (self.bank.lsn if transactions else 0, self.bank.clock, {table: dict(rows) for table, rows in self.bank.text.items()})
         self.cdc.read(self.bank.text, self.bank.lsn, self.bank.clock)
+        # Not every capture says where it read.
+        self.snapshot_lsn = None if self.seed % 4 == 2 else self.bank.lsn
         self.snapshot_ends = {lane: len(values) for lane, values in self.cdc.lanes.items() if lane[0] != "boundaries"}
 
     def plans(self):
@@ -115,7 +117,7 @@ class Case:
         else:
             self.land_some(state)
         if not self.ends_told and (last or state >= 2 and self.random.random() < 0.5):
-            self.landing.tell_snapshot_ends(self.snapshot_ends)
+            self.landing.tell_snapshot_ends(self.snapshot_ends, self.snapshot_lsn)
             self.ends_told = True
         at_least = self.expected_cut()
         if self.random.random() < 0.12:

@@ -286,7 +286,7 @@ async fn what_lies_in_the_lake_becomes_equal_books_exact_numbers_and_two_letters
     let kpis = seen.kpis.unwrap();
     assert_eq!(kpis.reading.kpis, kpi::on_source(&house.source).await.unwrap());
     assert_eq!(kpis.reading.kpis.total_balance.to_string(), "100.10");
-    assert_eq!(seen.commit_to_kpi.len(), 1);
+    assert_eq!(seen.commit_to_kpi.count(), 1, "the one transaction");
 
     refresh.until_mails(2).await;
     let mails = house.mails();

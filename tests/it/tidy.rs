@@ -6,12 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Every room may know these: what a failure means, what a stage is, what must not print, how amounts are written.
-const GROUND: [&str; 4] = ["fault", "secret", "stage", "units"];
+/// Every room may know these: what a failure means, how long things took, what a stage is, what must not print, how amounts
+/// are written.
+const GROUND: [&str; 5] = ["fault", "latency", "secret", "stage", "units"];
 
 /// Room → the rooms it may know beyond the ground and itself, in the order in which data flows.
-const ARROWS: [(&str, &[&str]); 25] = [
+const ARROWS: [(&str, &[&str]); 26] = [
     ("fault", &[]),
+    ("latency", &[]),
     ("secret", &[]),
     ("stage", &[]),
     ("units", &[]),

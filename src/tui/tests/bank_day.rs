@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
+    time::Duration,
 };
 
 use chrono::{DateTime, NaiveDate, TimeDelta, TimeZone as _, Utc};
@@ -99,7 +100,7 @@ pub(super) fn busy() -> Snapshot {
             landed_at_ms: noon().timestamp_millis() - 900,
         });
     }
-    (0..200).for_each(|n| snapshot.lake.landing.add(300 + n * 4));
+    (0..200).for_each(|n| snapshot.lake.landing.record(Duration::from_millis(300 + n * 4)));
     snapshot.cdc = cdc::Stats {
         step: cdc::Step::Streaming,
         transactions: 44_060,

@@ -1,8 +1,8 @@
 //! What each place holds at the mark: its events folded to the latest state of each key, by one SQL for all of them.
 //!
 //! The order of a key's changes is that of the commits (the END's LSN, found by transaction number), then of the WAL. A read
-//! of the initial snapshot stands at the position it was read at, and only the newest attempt at one counts. Repeats are the same change and fold to one; staging has
-//! none to offer, so a doubled row there counts twice.
+//! of the initial snapshot stands at the position it was read at, and only the attempt that came to an end counts. Repeats are the
+//! same change and fold to one; staging has none to offer, so a doubled row there counts twice.
 
 use std::{collections::BTreeMap, ops::RangeInclusive};
 
@@ -63,7 +63,7 @@ pub(super) struct Warehouse<'a> {
     connection: &'a mut PgConnection,
     room: Room,
     lsn: i64,
-    /// Where the initial snapshot was read: its newest attempt, for one that died is no state of the bank.
+    /// Where the initial snapshot was read. An attempt at it that died is no state of the bank.
     snapshot_lsn: i64,
     promised: BTreeMap<&'static str, Promised>,
 }
@@ -126,10 +126,11 @@ impl<'a> Warehouse<'a> {
         Ok(())
     }
 
-    /// A state that was read after the mark says nothing about the mark.
+    /// The attempt that came to an end; while none has, or nobody knows which it was, the newest. A state that was read after
+    /// the mark says nothing about the mark.
     async fn find_snapshot(&mut self, mark: &Mark) -> Result<(), Error> {
         let reads: Vec<String> = TABLES.iter().map(|table| format!("select lsn from {} where op = 'r'", lake_table(table.name))).collect();
-        let sql = format!("select coalesce(max(lsn), -1) from ({}) reads", reads.join(" union all "));
+        let sql = format!("select coalesce((select max(lsn) from raw._snapshot_ends), (select max(lsn) from ({}) reads), -1)", reads.join(" union all "));
         self.snapshot_lsn = sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut *self.connection).await.during(DOING)?;
         if self.snapshot_lsn > self.lsn { Err(Error::StaleMark { taken_at: mark.taken_at }) } else { Ok(()) }
     }
@@ -137,7 +138,7 @@ impl<'a> Warehouse<'a> {
     /// All records of the lake's objects, as far as loaded, are in raw or were refused by it.
     pub(super) async fn records(&mut self, table: &str) -> Result<Check, Error> {
         let raw = RawTable::new(table);
-        let sql = format!("select (select count(*) from {raw}) + (select count(*) from raw._rejected where object like $1)");
+        let sql = format!("select (select count(*) from {raw}) + (select count(*) from raw._rejected where landed and object like $1)");
         let objects = format!("raw/{}/%", table.replace('_', "\\_"));
         let actual: i64 = sqlx::query_scalar(AssertSqlSafe(sql)).bind(&objects).fetch_one(&mut *self.connection).await.during(DOING)?;
         let promised = self.promised.remove(table).unwrap_or_default();
@@ -151,7 +152,7 @@ impl<'a> Warehouse<'a> {
     async fn misloaded(&mut self, raw: &RawTable, objects: &str, promised: Promised) -> Result<String, Error> {
         const SHOWN: usize = 5;
         let sql = format!(
-            "select _object, count(*) from (select _object from {raw} union all select object from raw._rejected where object like $1) held group by _object"
+            "select _object, count(*) from (select _object from {raw} union all select object from raw._rejected where landed and object like $1) held group by _object"
         );
         let rows = sqlx::query(AssertSqlSafe(sql)).bind(objects).fetch_all(&mut *self.connection).await.during(DOING)?;
         let mut wrong: BTreeMap<String, (i64, i64)> = promised.into_iter().map(|(object, rows)| (object, (rows, 0))).collect();

@@ -92,7 +92,7 @@ impl House {
         let (store, mut all) = (self.store().await, BTreeMap::new());
         for lane in lake::log::lanes(&store).await.expect("lanes") {
             for record in lake::log::after(&store, &lane.topic, lane.partition, None, usize::MAX).await.expect("records") {
-                for batch in lake::read(&store, &record).await.expect("an object") {
+                for batch in lake::read(&store, &record).await.expect("an object").batches {
                     for row in lake::rows(&batch) {
                         let before = all.insert((lane.topic.to_string(), lane.partition, row.offset), row.value.map(str::to_owned));
                         assert_eq!(before, None, "{lane} offset {} lies there twice", row.offset);

@@ -6,7 +6,7 @@ use ledgerline::{
     change::Lsn,
     fault::{Diagnose, Fault},
     lake,
-    warehouse::{Cut, Error, load},
+    warehouse::{Cut, Error, load, postgres::SnapshotEnds},
 };
 use sqlx::Row;
 
@@ -216,12 +216,12 @@ async fn the_cut_and_the_ends_of_the_snapshot_are_what_was_written() {
     let cut = ground.warehouse.cut().await.expect("reads").expect("there is one");
     assert_eq!(cut, Cut { lsn: Lsn(500), committed_at: "2026-11-01T00:00:02.5Z".parse().expect("a time") });
 
-    let ends = |offset| vec![(CUSTOMERS.to_owned(), 0, offset), (CUSTOMERS.to_owned(), 1, 0)];
+    let ends = |offset| SnapshotEnds { lsn: Some(Lsn(40)), lanes: vec![(CUSTOMERS.to_owned(), 0, offset), (CUSTOMERS.to_owned(), 1, 0)] };
     ground.warehouse.set_snapshot_ends(&ends(5)).await.expect("writes");
     let (left, right) = (ends(7), ends(7));
     let (left, right) = tokio::join!(ground.warehouse.set_snapshot_ends(&left), ground.warehouse.set_snapshot_ends(&right));
     assert!(left.is_ok() && right.is_ok());
-    assert_eq!(ground.database.number("select sum(end_offset)::bigint * 10 + count(*) from raw._snapshot_ends").await, 72);
+    assert_eq!(ground.database.number("select sum(end_offset)::bigint * 10 + count(*) + max(lsn) from raw._snapshot_ends").await, 112);
     ground.end().await;
 }
 
