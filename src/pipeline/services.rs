@@ -9,6 +9,7 @@ use tokio::{sync::watch, task::JoinHandle};
 use url::Url;
 
 use crate::{
+    change::Topics,
     config::{EMBEDDED, Loaded},
     embedded::{self, Progress, kafka, postgres, python, s3},
     fault::{Diagnose, Fault},
@@ -177,7 +178,12 @@ impl Services {
         let config = &loaded.config;
         // Broker and store are ready at once; PostgreSQL may first have to be installed.
         if needs.stream && config.stream.bootstrap_servers == EMBEDDED {
-            let start = |port| kafka::Broker::start(kafka::Config { dir: data_dir.join("kafka"), port, ..kafka::Config::default() });
+            let start = |port| {
+                let topics = Topics::new(config.cdc.topic_prefix.clone());
+                // What lands stays until the lake says how far it is, also if the lake has not started for a week.
+                let lands = move |topic: &str| topics.lake_name(topic).is_some();
+                kafka::Broker::start_holding(kafka::Config { dir: data_dir.join("kafka"), port, ..kafka::Config::default() }, lands)
+            };
             let broker = match (config.embedded.kafka_port, self.chosen.kafka_port) {
                 (0, kept) => match start(kept).await {
                     // Somebody else has taken the port we had chosen: another one does as well.
