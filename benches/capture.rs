@@ -1,17 +1,17 @@
 //! The capture beside `pg_recvlogical`, on the same backlog of small transactions.
 //!
 //! `cargo bench --bench capture -- [transactions]`, with `LEDGERLINE_TEST_POSTGRES` the address of a server with
-//! `wal_level = logical` and `PG_RECVLOGICAL` the program (default: the one in PATH). The broker is the embedded one, in a
-//! process of its own, so that our CPU and memory are ours.
+//! `wal_level = logical` and `PG_RECVLOGICAL` the program (default: the one in PATH). The broker is the embedded one, in this
+//! process, as in the pipeline; the CPU is told by threads, so that one sees whose it was.
 //!
 //! `pg_recvlogical` writes the decoded stream to /dev/null: it is as fast as PostgreSQL's walsender. Ours decodes, writes
-//! Debezium's JSON, and waits until the broker has everything and the slot knows.
+//! Debezium's JSON, and waits until the broker has everything on disk and the slot knows.
 
 #![expect(clippy::print_stdout, reason = "a benchmark tells its figures")]
 
 use std::{
-    io::{BufRead as _, BufReader},
-    process::{Child, Command, Stdio},
+    collections::BTreeMap,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -44,22 +44,8 @@ fn server() -> String {
 }
 
 fn main() -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Runtime::new()?;
-    if std::env::args().any(|it| it == "--broker") {
-        return runtime.block_on(broker());
-    }
     let transactions = std::env::args().find_map(|it| it.parse().ok()).unwrap_or(50_000);
-    runtime.block_on(compare(transactions))
-}
-
-/// The broker's process: says its address, then serves until its stdin closes.
-async fn broker() -> anyhow::Result<()> {
-    let dir = tempfile::tempdir()?;
-    let broker = kafka::Broker::start(kafka::Config { dir: dir.path().to_owned(), ..kafka::Config::default() }).await?;
-    println!("{}", broker.address());
-    tokio::task::spawn_blocking(|| std::io::stdin().read_line(&mut String::new())).await??;
-    broker.stop().await;
-    Ok(())
+    tokio::runtime::Runtime::new()?.block_on(compare(transactions))
 }
 
 async fn compare(transactions: u64) -> anyhow::Result<()> {
@@ -72,7 +58,9 @@ async fn compare(transactions: u64) -> anyhow::Result<()> {
     let mut source = PgConnection::connect(url.reveal()).await?;
     run(&mut source, SCHEMA.to_owned()).await?;
 
-    let (mut broker, address) = start_broker()?;
+    let dir = tempfile::tempdir()?;
+    let broker = kafka::Broker::start(kafka::Config { dir: dir.path().to_owned(), ..kafka::Config::default() }).await?;
+    let address = broker.address();
     let (handle, task) = start_capture(&url, &address);
     until(&handle, |it| it.step == Step::Streaming).await?;
     handle.stop.cancel();
@@ -86,32 +74,26 @@ async fn compare(transactions: u64) -> anyhow::Result<()> {
         let reference = receive(&url, &end.to_string())?;
         let (ours, cpu) = capture(&url, &address).await?;
         println!(
-            "round {round}: pg_recvlogical {:.0} rows/s · ours {:.0} rows/s · ratio {:.2} · CPU {:.1} µs/row · peak memory {} MiB",
+            "round {round}: pg_recvlogical {:.0} rows/s · ours {:.0} rows/s · ratio {:.2} · peak memory {} MiB",
             per_second(rows, reference),
             per_second(rows, ours),
             reference.as_secs_f64() / ours.as_secs_f64(),
-            cpu.as_secs_f64() * 1e6 / f64::from(u32::try_from(rows)?),
             peak_memory_mib(),
         );
+        let micros = |it: Duration| it.as_secs_f64() * 1e6 / f64::from(u32::try_from(rows).unwrap_or(u32::MAX));
+        let by_thread: Vec<String> = cpu.iter().map(|(name, took)| format!("{name} {:.2}", micros(*took))).collect();
+        println!("         CPU {:.2} µs/row: {}", micros(cpu.values().sum()), by_thread.join(" · "));
         if round == 1 {
             write_backlog(&mut source, transactions).await?;
         }
     }
-    drop(broker.stdin.take());
-    broker.wait()?;
+    broker.stop().await;
     source.close().await?;
     drop_database(&mut admin).await
 }
 
 fn per_second(rows: u64, took: Duration) -> f64 {
     f64::from(u32::try_from(rows).unwrap_or(u32::MAX)) / took.as_secs_f64()
-}
-
-fn start_broker() -> anyhow::Result<(Child, String)> {
-    let mut child = Command::new(std::env::current_exe()?).arg("--broker").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-    let mut address = String::new();
-    BufReader::new(child.stdout.take().ok_or_else(|| anyhow::anyhow!("the broker has no stdout"))?).read_line(&mut address)?;
-    Ok((child, address.trim().to_owned()))
 }
 
 fn start_capture(url: &Secret, address: &str) -> (Handle<Stats>, JoinHandle<Result<(), cdc::Error>>) {
@@ -129,16 +111,19 @@ async fn until(handle: &Handle<Stats>, reached: impl FnMut(&Stats) -> bool) -> a
 }
 
 /// From the first received event to the confirmation of the last, and the CPU it took.
-async fn capture(url: &Secret, address: &str) -> anyhow::Result<(Duration, Duration)> {
+async fn capture(url: &Secret, address: &str) -> anyhow::Result<(Duration, BTreeMap<String, Duration>)> {
     let end = cdc::wal_position(url).await?;
     let (handle, task) = start_capture(url, address);
     until(&handle, |it| it.step == Step::Streaming).await?;
-    let (start, cpu) = (Instant::now(), cpu_time());
+    let (start, before) = (Instant::now(), cpu_by_thread());
     until(&handle, |it| it.confirmed_lsn >= end).await?;
-    let took = (start.elapsed(), cpu_time().saturating_sub(cpu));
+    let took = start.elapsed();
+    let mut cpu = cpu_by_thread();
+    cpu.iter_mut().for_each(|(name, it)| *it = it.saturating_sub(before.get(name).copied().unwrap_or_default()));
+    cpu.retain(|_, it| *it > Duration::from_millis(1));
     handle.stop.cancel();
     task.await??;
-    Ok(took)
+    Ok((took, cpu))
 }
 
 fn receive(url: &Secret, end: &str) -> anyhow::Result<Duration> {
@@ -193,13 +178,16 @@ async fn drop_database(admin: &mut PgConnection) -> anyhow::Result<()> {
     run(admin, format!("drop database if exists {DATABASE} with (force)")).await
 }
 
-/// User and system time of this process.
-fn cpu_time() -> Duration {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let after_name = stat.rsplit(')').next().unwrap_or_default();
-    // Fields 14 and 15, in ticks of 10 ms.
-    let ticks: u64 = after_name.split_whitespace().skip(11).take(2).filter_map(|it| it.parse::<u64>().ok()).sum();
-    Duration::from_millis(ticks * 10)
+/// User and system time of the threads that live, by their names.
+fn cpu_by_thread() -> BTreeMap<String, Duration> {
+    let mut sums = BTreeMap::<String, Duration>::new();
+    for thread in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
+        let read = |file: &str| std::fs::read_to_string(thread.path().join(file)).unwrap_or_default();
+        // The first number is the time on a CPU, in nanoseconds.
+        let nanos = read("schedstat").split_whitespace().next().and_then(|it| it.parse().ok()).unwrap_or(0);
+        *sums.entry(read("comm").trim().to_owned()).or_default() += Duration::from_nanos(nanos);
+    }
+    sums
 }
 
 fn peak_memory_mib() -> u64 {

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use crate::{
+    change::Topics,
     config::{EMBEDDED, Loaded},
     embedded::{self, Progress, kafka, postgres, python, s3},
     fault::{Diagnose, Fault},
@@ -203,8 +204,11 @@ impl Services {
         let config = &loaded.config;
         // Broker and store are ready at once; PostgreSQL may first have to be installed.
         if needs.stream && config.stream.bootstrap_servers == EMBEDDED {
-            let broker = kafka::Broker::start(kafka::Config { dir: data_dir.join("kafka"), port: config.embedded.kafka_port, ..kafka::Config::default() });
-            let broker = broker.await?;
+            let topics = Topics::new(config.cdc.topic_prefix.clone());
+            // What lands stays until the lake says how far it is, also if the lake has not started for a week.
+            let lands = move |topic: &str| topics.lake_name(topic).is_some();
+            let broker = kafka::Config { dir: data_dir.join("kafka"), port: config.embedded.kafka_port, ..kafka::Config::default() };
+            let broker = kafka::Broker::start_holding(broker, lands).await?;
             self.addresses.kafka = broker.address();
             self.kafka = Some(Arc::new(broker));
         }

@@ -19,6 +19,8 @@ pub(crate) struct House {
     runtime: Runtime,
     broker: Option<Broker>,
     pub(crate) config: Config,
+    /// Topics whose reader the broker waits for.
+    pub(crate) awaited: fn(&str) -> bool,
     _dir: TempDir,
 }
 
@@ -30,7 +32,7 @@ impl House {
     pub(crate) fn with(change: impl FnOnce(Config) -> Config) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let config = change(small(dir.path()));
-        let mut house = Self { runtime: Runtime::new().unwrap(), broker: None, config, _dir: dir };
+        let mut house = Self { runtime: Runtime::new().unwrap(), broker: None, config, awaited: |_| false, _dir: dir };
         house.start();
         house
     }
@@ -39,7 +41,7 @@ impl House {
         self.broker = Some(self.runtime.block_on(async {
             // Meanwhile a connection of another test may have been given our port; it is over soon.
             for _ in 0..200 {
-                match Broker::start(self.config.clone()).await {
+                match Broker::start_holding(self.config.clone(), self.awaited).await {
                     Err(Error::Listen { .. }) => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
                     started => return started.unwrap(),
                 }

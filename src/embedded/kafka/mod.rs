@@ -171,12 +171,18 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Opens the logs (cutting what a crash tore), binds the port, serves.
+    /// Opens the logs (cutting what a crash tore), binds the port, serves. Nothing is held but what it is told to hold.
     pub async fn start(config: Config) -> Result<Self, Error> {
+        Self::start_holding(config, |_| false).await
+    }
+
+    /// As [`start`](Self::start), and retention keeps all of a topic that `awaited` says yes to, from its creation until
+    /// [`hold_retention`](Self::hold_retention) tells how far its reader is: a reader that comes late finds everything.
+    pub async fn start_holding(config: Config, awaited: impl Fn(&str) -> bool + Send + 'static) -> Result<Self, Error> {
         let (stats, stats_seen) = watch::channel(Stats::default());
         let stats = Arc::new(stats);
         let opening = (config.clone(), Arc::clone(&stats));
-        let opened = tokio::task::spawn_blocking(move || store::Store::open(&opening.0, opening.1)).await;
+        let opened = tokio::task::spawn_blocking(move || store::Store::open(&opening.0, opening.1, Box::new(awaited))).await;
         let opened = opened.map_err(|error| Error::Thread(io::Error::other(error)))??;
         let listen = |source| Error::Listen { port: config.port, source };
         let (listener, port) = super::listen(config.port, &config.dir.join("port")).map_err(listen)?;

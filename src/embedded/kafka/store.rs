@@ -38,6 +38,8 @@ const ROUND_BYTES_MAX: u64 = 16 << 20;
 pub(super) type Topics = BTreeMap<String, TopicView>;
 /// Offsets that retention must not pass, by topic and partition.
 pub(super) type Holds = BTreeMap<String, BTreeMap<i32, i64>>;
+/// Whether a topic has a reader that may not have come yet.
+pub(super) type Awaited = Box<dyn Fn(&str) -> bool + Send>;
 
 #[derive(Debug)]
 pub(super) struct TopicView {
@@ -157,6 +159,7 @@ pub(super) struct Store {
     producer_ids: ProducerIds,
     holds: Arc<watch::Sender<Holds>>,
     saved_holds: Holds,
+    awaited: Awaited,
     views: watch::Sender<Arc<Topics>>,
     health: watch::Sender<Health>,
     stats: Arc<watch::Sender<Stats>>,
@@ -174,7 +177,7 @@ pub(super) struct Opened {
 
 impl Store {
     /// Opens all logs. Blocking; as long as the newest segment of each partition takes to read.
-    pub(super) fn open(config: &Config, stats: Arc<watch::Sender<Stats>>) -> Result<Opened, Error> {
+    pub(super) fn open(config: &Config, stats: Arc<watch::Sender<Stats>>, awaited: Awaited) -> Result<Opened, Error> {
         let dir = &config.dir;
         let at = |path: &Path| {
             let path = path.to_owned();
@@ -208,6 +211,7 @@ impl Store {
             producer_ids,
             holds: Arc::clone(&holds),
             saved_holds,
+            awaited,
             views: watch::channel(Arc::default()).0,
             health,
             stats,
@@ -322,8 +326,9 @@ impl Store {
         let mut errors = Vec::new();
         for (name, topic) in &mut self.topics {
             let holds = self.saved_holds.get(name);
+            let unheard = (self.awaited)(name).then_some(0);
             for (n, partition) in (0..).zip(&mut topic.partitions) {
-                let hold = holds.and_then(|it| it.get(&n)).copied();
+                let hold = holds.and_then(|it| it.get(&n)).copied().or(unheard);
                 errors.extend(partition.retain(&topic.limits, hold, now_ms).err());
             }
         }

@@ -202,6 +202,39 @@ fn retention_goes_by_bytes_and_never_past_what_is_held() {
 }
 
 #[test]
+fn a_topic_that_is_awaited_keeps_everything_until_its_reader_was_heard_of() {
+    let retention = Retention { bytes: Size(4_000), age: Span::from_secs(60) };
+    let mut house = House::with(|it| Config { segment_bytes: Size(1_000), retention, ..it });
+    house.stop();
+    house.awaited = |topic| topic.starts_with("bank.");
+    house.start();
+    let mut client = house.client();
+    client.create("bank.t", 1);
+    // Longer ago than the retention, and more than it; the second topic comes later in its rounds.
+    for topic in ["bank.t", "unheld"] {
+        if topic == "unheld" {
+            client.create(topic, 1);
+        }
+        for _ in 0..100 {
+            client.produce(topic, 0, batch(&[&[b'x'; 100]], 1_000, ANYBODY));
+        }
+    }
+    wait_for(|| (earliest(&mut house.client(), "unheld") == 100).then_some(()));
+    assert_eq!(earliest(&mut house.client(), "bank.t"), 0);
+
+    house.stop();
+    house.start();
+    let mut client = house.client();
+    client.create("unheld.too", 1);
+    client.produce("unheld.too", 0, batch(&[b"a"], 1_000, ANYBODY));
+    wait_for(|| (earliest(&mut house.client(), "unheld.too") == 1).then_some(()));
+    assert_eq!(earliest(&mut house.client(), "bank.t"), 0);
+
+    house.broker().hold_retention("bank.t", 0, 100);
+    wait_for(|| (earliest(&mut house.client(), "bank.t") == 100).then_some(()));
+}
+
+#[test]
 fn retention_goes_by_age_and_leaves_the_end_where_it_was() {
     let retention = Retention { bytes: Size(1 << 30), age: Span::from_secs(60) };
     let house = House::with(|it| Config { retention, ..it });
