@@ -120,7 +120,12 @@ async fn external_addresses(loaded: &Loaded) -> Vec<Finding> {
     let mut findings = Vec::new();
     for place in reach::external(&loaded.config, Needs::ALL) {
         let tried = place.try_once().await;
-        let found = format!("{} at {} {}", place.service, place.address(), tried.as_ref().map_or_else(|why| format!("does not answer: {why}"), |()| "answers".to_owned()));
+        let found = format!(
+            "{} at {} {}",
+            place.service,
+            place.address(),
+            tried.as_ref().map_or_else(|why| format!("does not answer: {why}"), |()| "answers".to_owned())
+        );
         findings.push(Finding { name: place.key, ok: tried.is_ok(), found, remedy: tried.is_err().then(|| format!("start it, or correct {}", place.key)) });
     }
     findings

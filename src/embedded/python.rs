@@ -62,7 +62,9 @@ impl Diagnose for Error {
     fn fault(&self) -> Fault {
         Fault::Operator(match self {
             Self::NoSuitablePython { lacks_venv: Some(minor), .. } => {
-                format!("install Python's venv module (Debian, Ubuntu: `apt install python3-venv` or `apt install python3.{minor}-venv`), or a whole Python: {INSTALL}")
+                format!(
+                    "install Python's venv module (Debian, Ubuntu: `apt install python3-venv` or `apt install python3.{minor}-venv`), or a whole Python: {INSTALL}"
+                )
             }
             Self::NoPython { .. } | Self::NoSuitablePython { .. } => format!("install a Python from 3.10 to 3.14 with venv: {INSTALL}"),
             Self::NoCacheDir => "set HOME or XDG_CACHE_HOME".to_owned(),

@@ -45,7 +45,10 @@ fn on_a_small_disk(test: &str, part: &str, size: &str, body: fn(&Bank, &Path)) {
     command.args(["sh", size]).arg(&place).arg(std::env::current_exe().expect("this program")).arg("--exact").arg(test).arg("--nocapture");
     let output = command.env(FOLDER, bank.path("")).output().expect("unshare, of util-linux");
     let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(!said.contains("unshare failed"), "a small disk takes root, or a system that lets users make namespaces; leave these tests out with `--skip disk::`: {said}");
+    assert!(
+        !said.contains("unshare failed"),
+        "a small disk takes root, or a system that lets users make namespaces; leave these tests out with `--skip disk::`: {said}"
+    );
     assert!(output.status.success(), "{said}");
     assert!(said.contains("1 passed"), "the test was not found in its second life: {said}");
 }

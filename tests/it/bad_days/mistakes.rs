@@ -173,7 +173,9 @@ fn a_service_of_others_that_stays_away_ends_a_headless_start_by_name() {
 #[test]
 fn an_address_that_is_none_is_a_mistake_of_the_configuration() {
     let bank = Bank::new();
-    for (variable, address) in [("SOURCE__URL", "db.example.com"), ("SOURCE__URL", "mysql://db/bank"), ("LAKE__ENDPOINT", "minio"), ("STREAM__BOOTSTRAP_SERVERS", "")] {
+    for (variable, address) in
+        [("SOURCE__URL", "db.example.com"), ("SOURCE__URL", "mysql://db/bank"), ("LAKE__ENDPOINT", "minio"), ("STREAM__BOOTSTRAP_SERVERS", "")]
+    {
         let mut command = bank.command(&["run", "--no-tui"]);
         command.env(format!("LEDGERLINE__{variable}"), address).env("LEDGERLINE__STARTUP_GRACE", "1s");
         let said = said_with(&command.output().expect("the binary runs"), 2, &[variable, address]);
