@@ -19,12 +19,13 @@ pub enum Front {
 /// How many log files are kept; one a day.
 const FILES_KEPT: usize = 7;
 
-/// Our own words at `info`, libraries only where they warn; the transport of replication says our errors a second time.
+/// Our own words at `info`, libraries only where they warn; the transport of replication and the S3 protocol say our errors
+/// a second time, at every try.
 /// `LEDGERLINE_LOG` replaces it, in `tracing`'s filter syntax.
-const DEFAULT_FILTER: &str = "warn,ledgerline=info,pgwire_replication=off";
+const DEFAULT_FILTER: &str = "warn,ledgerline=info,pgwire_replication=off,s3s=off";
 
 /// Single commands print results; their progress matters only when something is odd.
-const QUIET_FILTER: &str = "error,ledgerline=warn,pgwire_replication=off";
+const QUIET_FILTER: &str = "error,ledgerline=warn,pgwire_replication=off,s3s=off";
 
 /// Starts logging. The guard flushes the file when it is dropped; keep it until the end.
 ///

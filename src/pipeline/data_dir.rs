@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    embedded::{random_hex, write_private},
+    embedded::{is_disk_full, random_hex, write_private},
     fault::{Diagnose, Fault},
     secret::Secret,
 };
@@ -38,6 +38,9 @@ pub enum Error {
 impl Diagnose for Error {
     fn fault(&self) -> Fault {
         Fault::Operator(match self {
+            Self::Unusable { path, source } if is_disk_full(source) => {
+                format!("free disk space below {}, or choose another folder with --data-dir", path.display())
+            }
             Self::Unusable { .. } => "make it a folder that you may write, or choose another with --data-dir".to_owned(),
             Self::OtherVersion { .. } => {
                 "use the program that wrote it, or choose another folder with --data-dir, or delete it with `ledgerline reset`".to_owned()

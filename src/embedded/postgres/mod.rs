@@ -274,7 +274,12 @@ impl Cluster {
             }
             // Waiting for it also notices when it gives up.
             if timeout(READY_EVERY, postmaster.child.wait()).await.is_ok() {
-                return Err(process::verdict(&process::logged_since(&self.home, logged), &self.home, self.port));
+                let said = process::logged_since(&self.home, logged);
+                return Err(match process::verdict(&said, &self.home, self.port) {
+                    // On a full disk there is no room for the log line that says so.
+                    Error::Failed { .. } if self.disk() != Health::Well => Error::DiskFull { dir: self.home.cluster.clone() },
+                    other => other,
+                });
             }
             if let Ok(Ok(connection)) = timeout(CONNECT_TIMEOUT, PgConnection::connect_with(&self.options("postgres"))).await {
                 // It answered; how we part is no matter.
@@ -417,7 +422,10 @@ async fn revive(cluster: &Cluster, backoff: &mut Backoff, health: &watch::Sender
             },
             Err(error) => error,
         };
-        let reason = crate::fault::chain(&error);
+        let reason = match error.fault() {
+            Fault::Operator(remedy) => format!("{} · {remedy}", crate::fault::chain(&error)),
+            _ => crate::fault::chain(&error),
+        };
         tracing::error!(error = reason, "PostgreSQL could not be started again yet");
         health.send_replace(Health::Ailing(format!("PostgreSQL does not start: {reason}")));
     }

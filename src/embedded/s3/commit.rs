@@ -42,7 +42,7 @@ impl Base {
             Err(_) => true,
         };
         if !roomy {
-            self.ail(format!("the disk of {} is nearly full: objects are refused until space is freed", self.dir.display()));
+            self.ail(format!("the disk of {} is full: objects are refused until you free space, nothing is lost", self.dir.display()));
         }
         roomy
     }

@@ -10,6 +10,8 @@ use std::{
     process::Command,
 };
 
+use sqlx::{Connection as _, PgConnection};
+
 use super::{Bank, Running, proof, until_flowing};
 
 /// In a test's second life: the folder whose bank has a small disk.
@@ -69,12 +71,13 @@ impl Filler {
 }
 
 /// Fills the disk under a running pipeline, waits until it says so with the remedy, makes room, and wants everything back.
-fn fill_and_make_room(bank: &Bank, place: &Path, name: &str) {
+fn fill_and_make_room(bank: &Bank, place: &Path, name: &str, while_full: impl FnOnce(&mut Running)) {
     let mut pipeline = Running::start(bank, &["run", "--no-tui", "--rate", "50"]);
     until_flowing(&mut pipeline);
     let filler = Filler::fill(place);
     let verdict = format!(" {name}: ");
     pipeline.until_said(&[&verdict, "is full", "free space"]);
+    while_full(&mut pipeline);
     filler.make_room();
     until_flowing(&mut pipeline);
     pipeline.end();
@@ -87,15 +90,35 @@ fn fill_and_make_room(bank: &Bank, place: &Path, name: &str) {
 
 #[test]
 fn a_full_disk_under_the_broker_is_told_and_waited_out() {
-    on_a_small_disk("a_full_disk_under_the_broker_is_told_and_waited_out", "kafka", "200m", |bank, place| fill_and_make_room(bank, place, "kafka"));
+    on_a_small_disk("a_full_disk_under_the_broker_is_told_and_waited_out", "kafka", "200m", |bank, place| fill_and_make_room(bank, place, "kafka", |_| ()));
 }
 
 #[test]
 fn a_full_disk_under_the_lake_is_told_and_waited_out() {
-    on_a_small_disk("a_full_disk_under_the_lake_is_told_and_waited_out", "s3", "200m", |bank, place| fill_and_make_room(bank, place, "s3"));
+    on_a_small_disk("a_full_disk_under_the_lake_is_told_and_waited_out", "s3", "200m", |bank, place| fill_and_make_room(bank, place, "s3", |_| ()));
 }
 
+/// PostgreSQL refuses what grows its tables, but it dies where its log cannot grow; then it cannot start either.
 #[test]
-fn a_full_disk_under_postgresql_is_told_and_waited_out() {
-    on_a_small_disk("a_full_disk_under_postgresql_is_told_and_waited_out", "postgres", "600m", |bank, place| fill_and_make_room(bank, place, "postgres"));
+fn a_full_disk_that_postgresql_dies_of_is_told_and_waited_out() {
+    on_a_small_disk("a_full_disk_that_postgresql_dies_of_is_told_and_waited_out", "postgres", "600m", |bank, place| {
+        fill_and_make_room(bank, place, "postgres", |pipeline| {
+            let services = bank.json(&["services", "--json"]);
+            tokio::runtime::Runtime::new().expect("a runtime").block_on(want_log(services["source"].as_str().expect("an address")));
+            pipeline.until_said(&["PostgreSQL does not start", "disk is full", "free disk space"]);
+        });
+    });
+}
+
+/// Takes one piece of log after the other, until PostgreSQL is gone.
+async fn want_log(address: &str) {
+    const PIECES_MAX: usize = 200;
+    for _ in 0..PIECES_MAX {
+        let Ok(mut connection) = PgConnection::connect(address).await else { return };
+        let switched = sqlx::query("select pg_switch_wal() from pg_logical_emit_message(true, 'test', 'a word, so that there is something to switch behind')");
+        if switched.execute(&mut connection).await.is_err() {
+            return;
+        }
+    }
+    panic!("its log still finds room");
 }
