@@ -6,6 +6,7 @@ mod house;
 
 mod bank;
 mod cdc;
+mod console;
 mod dag;
 mod dbt;
 mod embedded_postgres;
