@@ -161,6 +161,7 @@ async fn an_operator_looks_into_a_running_pipeline_and_leaves_it_running() {
     let task_log = Look::TaskLog { dag_id: run.dag_id.clone(), run_id: run.run_id.clone(), task_id: run.tasks[0].task_id.clone() };
     let log = look(task_log).await;
     assert!(log.ok && log.page.iter().any(|it| it.starts_with("try 1 at")), "{}: {:?}", log.text, log.page);
+    assert!(look(Look::Log).await.page.iter().any(|it| it.contains("pipeline: ") || it.contains("dag: ")));
     assert!(!look(Look::Sql { unique_id: "/etc/passwd".into() }).await.ok);
 
     // The console on it, and leaving it: the pipeline goes on.
