@@ -107,6 +107,8 @@ pub enum Look {
     Proof,
     /// What a task said, try by try.
     TaskLog { dag_id: String, run_id: String, task_id: String },
+    /// The end of the pipeline's own log, for whoever is attached from outside.
+    Log,
     /// The SQL of a dbt node as it ran.
     Sql { unique_id: String },
 }
@@ -114,7 +116,7 @@ pub enum Look {
 impl Look {
     /// What is looked at may change from one second to the next, by itself.
     pub const fn moves(&self) -> bool {
-        matches!(self, Self::TaskLog { .. })
+        matches!(self, Self::TaskLog { .. } | Self::Log)
     }
 }
 

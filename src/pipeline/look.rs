@@ -3,7 +3,12 @@
 //! Every look is bounded in what it reads and in what it answers, and changes nothing. Customers stay masked here, on this
 //! side of the socket, unless the operator asked to see them.
 
-use std::sync::Arc;
+use std::{
+    fs::File,
+    io::{Read as _, Seek as _, SeekFrom},
+    path::Path,
+    sync::Arc,
+};
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
@@ -35,6 +40,9 @@ const MESSAGE_LINES_MAX: usize = 80;
 /// Lines of one try's log.
 const LOG_LINES_MAX: u32 = 1_000;
 
+/// The end of the log that is read.
+const LOG_BYTES_MAX: u64 = 64 * 1024;
+
 /// Lines of a page, whatever it is of.
 const PAGE_LINES_MAX: usize = 2_000;
 
@@ -48,13 +56,16 @@ pub(super) struct Eyes {
     lake: lake::Access,
     state: Secret,
     topics: Topics,
+    /// The folder of the log files.
+    logs: Arc<Path>,
     /// The pipeline ends, and its services with it.
     stop: CancellationToken,
 }
 
 impl Eyes {
-    pub(super) fn new(addresses: &Addresses, topics: &Topics, stop: CancellationToken) -> Self {
-        Self { kafka: addresses.kafka.as_str().into(), lake: addresses.lake.clone(), state: addresses.state.clone(), topics: topics.clone(), stop }
+    pub(super) fn new(addresses: &Addresses, topics: &Topics, logs: &Path, stop: CancellationToken) -> Self {
+        let Addresses { kafka, lake, state, .. } = addresses.clone();
+        Self { kafka: kafka.into(), lake, state, topics: topics.clone(), logs: logs.into(), stop }
     }
 
     /// Looks, and says in words what is in the way. A long look ends where the pipeline does.
@@ -71,6 +82,7 @@ impl Eyes {
             Look::CommitRecord { data } => self.commit_record(data, now).await,
             Look::Proof => self.proof().await,
             Look::TaskLog { dag_id, run_id, task_id } => self.task_log(&RunRef { dag_id: dag_id.clone(), run_id: run_id.clone() }, task_id).await,
+            Look::Log => log(&self.logs),
             Look::Sql { unique_id } => sql(unique_id, now).await,
         };
         let mut reply = seen.unwrap_or_else(Reply::refused);
@@ -145,6 +157,32 @@ impl Eyes {
         let said = if page.is_empty() { "not tried yet" } else { "what it said, try by try" };
         Ok(Reply { page, ..Reply::done(said) })
     }
+}
+
+/// The end of the newest log file. It is read by a thread that may wait.
+fn log(folder: &Path) -> Result<Reply, String> {
+    let why = |error: std::io::Error| format!("could not read the log in {}: {error}", folder.display());
+    let files = std::fs::read_dir(folder).map_err(why)?.flatten().map(|it| it.path());
+    // Their names end in their day.
+    let newest = files.filter(|it| it.extension().is_some_and(|it| it == "log")).max();
+    let path = newest.ok_or_else(|| format!("no log file in {} yet", folder.display()))?;
+    let mut file = File::open(&path).map_err(why)?;
+    let start = file.metadata().map_err(why)?.len().saturating_sub(LOG_BYTES_MAX);
+    let mut end = Vec::new();
+    file.seek(SeekFrom::Start(start)).and_then(|_| file.read_to_end(&mut end)).map_err(why)?;
+    let text = String::from_utf8_lossy(&end);
+    // The first line is cut where the file is longer.
+    let page = text.lines().skip(usize::from(start > 0)).map(short).collect();
+    Ok(Reply { page, ..Reply::done(path.display().to_string()) })
+}
+
+/// `12:03:04 INFO  lake: object put rows=44059` of a line that begins with its date and ends its target in a colon.
+fn short(line: &str) -> String {
+    let mut words = line.split_whitespace();
+    let parts = (words.next().and_then(|it| it.get(11..19)), words.next(), words.next().and_then(|it| it.strip_suffix(':')));
+    let (Some(at), Some(level), Some(target)) = parts else { return line.to_owned() };
+    let room = target.strip_prefix("ledgerline::").unwrap_or(target).split("::").next().unwrap_or_default();
+    format!("{at} {level:<5} {room}: {}", words.collect::<Vec<_>>().join(" "))
 }
 
 /// Only what dbt itself named as the file of a node: a path is never taken from whoever asks.
@@ -300,6 +338,19 @@ mod tests {
         assert!(message(&seen(Some(value)), true).join("\n").contains("ada@example.org"));
         assert!(message(&seen(None), false).join("\n").contains("tombstone"));
         assert!(message(&seen(Some("{")), false).join("\n").contains("not JSON"));
+    }
+
+    #[test]
+    fn the_end_of_the_log_is_read_and_its_lines_are_short() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert!(log(folder.path()).is_err());
+        let line = "2026-11-22T19:14:57.345292Z  INFO ledgerline::dag::engine: run started dag_id=\"D\"\n";
+        std::fs::write(folder.path().join("ledgerline.2026-11-21.log"), "old\n").expect("written");
+        std::fs::write(folder.path().join("ledgerline.2026-11-22.log"), line.repeat(2_000)).expect("written");
+        let reply = log(folder.path()).expect("there");
+        assert!(reply.text.ends_with("11-22.log") && (100..2_000).contains(&reply.page.len()), "{} {}", reply.text, reply.page.len());
+        assert!(reply.page.iter().all(|it| it == "19:14:57 INFO  dag: run started dag_id=\"D\""), "{:?}", reply.page[0]);
+        assert_eq!(short("  4: core::panicking"), "  4: core::panicking");
     }
 
     #[test]

@@ -262,7 +262,8 @@ impl Pipeline {
         let (asks, asked) = mpsc::channel(COMMANDS_MAX);
         let commander = Commander(asks);
         let again = stages.iter().map(|(name, stage)| (*name, Arc::clone(&stage.again))).collect();
-        tokio::spawn(obey(wishes.clone(), again, snapshots.clone(), asked, shutdown.clone(), Eyes::new(&services.addresses, &topics, helpers.clone())));
+        let eyes = Eyes::new(&services.addresses, &topics, &data_dir.join("logs"), helpers.clone());
+        tokio::spawn(obey(wishes.clone(), again, snapshots.clone(), asked, shutdown.clone(), eyes));
 
         let path = data_dir::socket_path(&loaded.data_dir());
         let listening = socket::serve(&path, commander.clone(), snapshots.clone(), services.printed(), helpers.clone());

@@ -84,7 +84,7 @@ fn failed_task(now: &Snapshot) -> Option<Verdict> {
     let task = run.tasks.iter().find(|it| it.state == TaskState::Failed);
     let (name, error) = task.map_or((run.dag_id.as_str(), "cancelled"), |it| (it.task_id.as_str(), it.error.as_deref().unwrap_or("failed")));
     let when = run.finished_at.map(|at| format!(" {} ago", ago(now.at, at))).unwrap_or_default();
-    failed(format!("{name} failed{when}: {error} · 3 Enter shows its log · r retries"))
+    failed(format!("{name} failed{when}: {error} · 3 Enter log · r retry"))
 }
 
 fn waiting_stage(now: &Snapshot) -> Option<Verdict> {

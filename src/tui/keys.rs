@@ -190,6 +190,7 @@ const BINDINGS: &[Binding] = &[
     bind(In::Only(Pane::Log), &[Key::letter('+'), Key::letter('=')], "+", Action::Louder, "show more levels of the chosen room"),
     bind(In::Only(Pane::Log), &[Key::letter('-')], "-", Action::Quieter, "show fewer levels of it"),
     quiet(In::Only(Pane::Log), &[Key::plain(Left), Key::letter('h')], "h ←", Action::Left, "choose the room before"),
+    bind(In::Only(Pane::Log), &[Key::plain(Enter)], "Enter", Action::Enter, "where attached: the pipeline's log, followed"),
     bind(In::Only(Pane::Log), &[Key::plain(Right), Key::letter('l')], "l →", Action::Right, "choose the next room"),
     bind(In::Only(Pane::Log), &[Key::letter(' ')], "Space", Action::Freeze, "freeze: nothing newer is shown; again goes on"),
     bind(In::Only(Pane::Log), &[Key::letter('f')], "f", Action::Last, "follow the newest line"),

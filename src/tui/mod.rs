@@ -20,10 +20,10 @@ mod tests;
 mod theme;
 mod wire;
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{future::poll_fn, io, path::PathBuf, sync::Arc, task::Poll, time::Duration};
 
 use crossterm::event::{Event, EventStream, KeyEventKind};
-use futures_util::{FutureExt as _, StreamExt as _};
+use futures_util::StreamExt as _;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
@@ -101,7 +101,7 @@ pub async fn run(watched: Watched, look: &Look, stop: &CancellationToken) -> io:
                     match console.settle()? {
                         Settled::Quit => return Ok(()),
                         Settled::Suspended => suspended = Some(Instant::now() + SUSPEND_MAX),
-                        Settled::Here => next = events.next().now_or_never(),
+                        Settled::Here => next = at_hand(&mut events).await,
                     }
                 }
                 pressed = pressed.or(at_once.then_some(came));
@@ -127,6 +127,16 @@ pub async fn run(watched: Watched, look: &Look, stop: &CancellationToken) -> io:
                 };
         }
     }
+}
+
+/// The next event if there is one already. Polled with our own waker: the stream keeps only the first it is given, so that
+/// a look with another one would leave the next key lying until the frame after.
+async fn at_hand(events: &mut EventStream) -> Option<Option<io::Result<Event>>> {
+    poll_fn(|context| match events.poll_next_unpin(context) {
+        Poll::Ready(event) => Poll::Ready(Some(event)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
 }
 
 struct Console {

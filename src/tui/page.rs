@@ -97,7 +97,9 @@ impl App {
                 let look = Look::Sql { unique_id: node.unique_id.clone() };
                 Some(if node.compiled.is_some() { Page::asking(look, now) } else { Page::known(look, now) })
             }
-            Pane::Kpis | Pane::Log => None,
+            // In the process of the pipeline the pane itself has its log.
+            Pane::Log => (!self.owned).then(|| Page::asking(Look::Log, now)),
+            Pane::Kpis => None,
         }
     }
 
@@ -152,6 +154,7 @@ fn is_over(look: &Look, now: &Snapshot) -> bool {
             let run = now.dag.run(&RunRef { dag_id: dag_id.clone(), run_id: run_id.clone() });
             run.is_none_or(|it| it.state.is_final())
         }
+        Look::Log => false,
         _ => true,
     }
 }

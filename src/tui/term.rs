@@ -81,11 +81,15 @@ impl Screen {
     /// Takes the terminal again and forgets what was on it.
     pub(super) fn reenter(&mut self) -> io::Result<()> {
         take()?;
-        self.terminal.clear()
+        self.forget()
     }
 
+    /// The next frame is drawn in full. Not by `Terminal::clear`: that asks the terminal where its cursor is and waits for
+    /// the answer, before which no key is read, and without which it fails.
     pub(super) fn forget(&mut self) -> io::Result<()> {
-        self.terminal.clear()
+        queue!(self.terminal.backend_mut(), Clear(ClearType::All))?;
+        self.terminal.swap_buffers();
+        Ok(())
     }
 }
 

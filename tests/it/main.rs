@@ -8,6 +8,7 @@ mod house;
 mod bad_days;
 mod bank;
 mod cdc;
+mod console;
 mod dag;
 mod dbt;
 mod embedded_postgres;

@@ -117,6 +117,9 @@ fn words(scene: Scene, action: Action) -> Option<String> {
             Pane::Stream => "messages",
             Pane::Lake => "commit record",
             Pane::Dags => "log",
+            Pane::Log if app.owned => return None,
+            Pane::Log => "pipeline's log",
+            Pane::Kpis => return None,
             _ => "details",
         }
         .to_owned(),

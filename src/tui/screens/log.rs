@@ -73,10 +73,9 @@ fn levels(scene: Scene, width: usize) -> Line<'static> {
 }
 
 fn draw(frame: &mut Frame, area: Rect, scene: Scene, state: &TuiWidgetState) {
-    let nothing = if scene.app.owned {
-        " Stages say here what they do."
-    } else {
-        " The pipeline writes its log into logs/ of its data dir; only this console's own lines come here."
+    let nothing = match scene.app.owned {
+        true => " Stages say here what they do.",
+        false => " The pipeline logs in its own process: 6 Enter reads that here, and follows it.",
     };
     frame::lines(frame, area, row::wrap(nothing, area.width.into()).into_iter().map(|it| Line::from(scene.dim(it))).collect());
     let formatter = OneLine { view: LogView::of(scene.app, scene.theme), is_first: AtomicBool::new(true) };

@@ -60,6 +60,7 @@ fn details(frame: &mut Frame, scene: Scene, page: &Page) {
         Look::Messages { table, revealed } => (format!("newest messages of {table}{}", if *revealed { ", unmasked" } else { "" }), Vec::new()),
         Look::CommitRecord { data } => lake::details(scene, data),
         Look::Proof => lake::to_prove(scene),
+        Look::Log => ("the pipeline's log".to_owned(), Vec::new()),
         Look::TaskLog { dag_id, run_id, task_id } => dags::details(scene, &RunRef { dag_id: dag_id.clone(), run_id: run_id.clone() }, task_id),
         Look::Sql { unique_id } => dbt::details(scene, unique_id),
     };

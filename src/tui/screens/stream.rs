@@ -72,7 +72,7 @@ impl Columns {
     }
 
     fn head(&self, scene: Scene) -> Line<'static> {
-        let curve = if self.curve > 0 { format!("  {}", row::fit("last 60 s", self.curve)) } else { String::new() };
+        let curve = if self.curve > 0 { format!("  {}", row::fit(if self.curve < 9 { "60 s" } else { "last 60 s" }, self.curve)) } else { String::new() };
         let (name, rate, lag, total) = (self.name, self.rate, self.lag, self.total);
         Line::from(scene.dim(format!(" {:<name$}{:>rate$}{curve}{:>lag$}{:>total$}", "topic", "msg/s", "lag", "total")))
     }

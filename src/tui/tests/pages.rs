@@ -158,3 +158,15 @@ fn the_log_is_tuned_by_room_frozen_and_saved() {
     let text = picture(&now, &mut app, (120, 36));
     assert!(text.contains("all info  bank debug  cdc  lake"), "{text}");
 }
+
+#[test]
+fn an_attached_console_reads_the_pipelines_log_and_the_owner_has_it_already() {
+    let now = busy();
+    let mut app = App::new(false);
+    assert_eq!(press(&mut app, &now, "6 Enter"), [read(&Look::Log)]);
+    answer(&mut app, &Look::Log, &["12:03:04 INFO  lake: object put"], &now);
+    assert!(picture(&now, &mut app, (80, 24)).contains("lake: object put"));
+    let mut app = App::new(true);
+    assert_eq!(press(&mut app, &now, "6 Enter"), []);
+    assert_eq!(app.on_top, None);
+}

@@ -31,9 +31,9 @@ const PART: &str = "LEDGERLINE_TEST_PART";
 /// Where the child leaves its last word: it may have no terminal to say it on.
 const LAST_WORD: &str = "LEDGERLINE_TEST_LAST_WORD";
 
-/// Holds the terminal's other end and follows the steps: size, wait, keys, storm, count, close.
+/// Holds the terminal's other end and follows the steps: size, wait, keys, storm, count, hang, close.
 const TERMINAL: &str = r#"
-import fcntl, json, os, pty, random, select, struct, sys, termios, time
+import fcntl, json, os, pty, random, select, signal, struct, sys, termios, time
 steps, argv = json.loads(sys.argv[1]), sys.argv[2:]
 pid, fd = pty.fork()
 if pid == 0:
@@ -51,7 +51,7 @@ def pump(until, enough=lambda: False):
             out.extend(chunk)
 def size(columns, rows):
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack('HHHH', rows, columns, 0, 0))
-closed = False
+closed = hung = False
 for step in steps:
     kind, rest = step[0], step[1:]
     if kind == 'size':
@@ -69,11 +69,18 @@ for step in steps:
         before = len(out)
         pump(time.time() + rest[0])
         counted = len(out) - before
+    elif kind == 'hang':
+        # Nobody reads any more: the line fills up, and whoever writes waits.
+        for _ in range(rest[0]):
+            os.write(fd, b'\x0c')
+            time.sleep(0.05)
+        os.kill(pid, signal.SIGHUP)
+        hung = True
     elif kind == 'close':
         os.close(fd)
         closed = True
 cooked = None
-if not closed:
+if not closed and not hung:
     pump(limit)
     cooked = bool(termios.tcgetattr(fd)[3] & termios.ICANON) and bool(termios.tcgetattr(fd)[3] & termios.ECHO)
 status = None
@@ -124,6 +131,8 @@ fn plays_its_part() {
         _ => {
             let left = runtime.block_on(console());
             std::fs::write(std::env::var(LAST_WORD).unwrap(), left.map_or_else(|error| format!("gone: {error}"), |()| "left".to_owned())).unwrap();
+            // The harness has words of its own, and maybe no terminal left that takes them.
+            std::process::exit(0);
         }
     }
 }
@@ -170,7 +179,7 @@ fn a_panic_gives_the_terminal_back_before_it_speaks() {
 #[test]
 fn a_storm_of_resizes_ends_in_a_whole_screen_and_q_leaves_it() {
     let steps =
-        json!([["size", 120, 36], ["wait", "All well"], ["storm", 200], ["size", 80, 24], ["keys", "\u{c}"], ["wait", " quit", "again"], ["keys", "qy"]]);
+        json!([["size", 120, 36], ["wait", "All well"], ["storm", 200], ["size", 80, 24], ["keys", "\u{c}"], ["wait", "quit", "again"], ["keys", "qy"]]);
     let (seen, word) = on_a_terminal("console", &steps);
     let out = seen["out"].as_str().unwrap();
     assert_eq!((word.as_str(), &seen["cooked"], &seen["status"]), ("left", &json!(true), &json!(0)), "{}", &out[out.len().saturating_sub(2_000)..]);
@@ -180,7 +189,7 @@ fn a_storm_of_resizes_ends_in_a_whole_screen_and_q_leaves_it() {
 
 #[test]
 fn an_idle_console_is_quiet_on_the_wire() {
-    let steps = json!([["size", 120, 36], ["wait", " quit"], ["count", 1], ["count", 5], ["keys", "qy"]]);
+    let steps = json!([["size", 120, 36], ["wait", "quit"], ["count", 1], ["count", 5], ["keys", "qy"]]);
     let (seen, word) = on_a_terminal("console", &steps);
     assert_eq!(word, "left");
     let counted = seen["counted"].as_u64().unwrap();
@@ -192,4 +201,10 @@ fn a_terminal_that_dies_ends_the_console_and_nothing_hangs() {
     let (seen, word) = on_a_terminal("console", &json!([["size", 80, 24], ["wait", "All well"], ["close"]]));
     assert_eq!(seen["status"], json!(0), "{word}");
     assert!(word == "left" || word.starts_with("gone"), "{word:?}");
+}
+
+#[test]
+fn a_connection_that_hangs_does_not_keep_the_console_from_ending() {
+    let (seen, word) = on_a_terminal("console", &json!([["size", 200, 60], ["wait", "All well"], ["hang", 40]]));
+    assert_eq!((&seen["status"], word.as_str()), (&json!(0), "left"));
 }
