@@ -176,7 +176,12 @@ pub async fn measure(warehouse: &Postgres, upto: Lsn, shown_at: DateTime<Utc>) -
     .await
     .during(doing)?;
     sqlx::query("delete from raw._shown where lsn < $1").bind(upto).execute(&mut *transaction).await.during(doing)?;
-    sqlx::query("insert into raw._shown(lsn, shown_at) values ($1, $2) on conflict do nothing").bind(upto).bind(shown_at).execute(&mut *transaction).await.during(doing)?;
+    sqlx::query("insert into raw._shown(lsn, shown_at) values ($1, $2) on conflict do nothing")
+        .bind(upto)
+        .bind(shown_at)
+        .execute(&mut *transaction)
+        .await
+        .during(doing)?;
     transaction.commit().await.during(doing)?;
     let mut took = Histogram::default();
     for row in rows {
