@@ -4,7 +4,8 @@
 {# SCD2 from the change history. A version is what a transaction left behind: several changes of a row in one transaction are one
    version, for nobody ever saw the others; a row born and deleted in one transaction is none. Only keys that changed are read:
    their open version is taken back, the new ones follow it, and the merge closes what is no longer open. #}
-{% macro versions(staging_model, key, columns) -%}
+{% macro versions(staging_model, columns) -%}
+    {%- set key = columns[0] -%}
     with changes as (
         select * from {{ ref(staging_model) }}
         where {{ window() }}
@@ -62,7 +63,8 @@
 
 {# The state at the cut of the keys that changed. A deleted row is a state too, with its `deleted_at` (dbt's own hard deletes need
    the whole table to compare with); a row that was never seen alive is none. #}
-{% macro state_at_cut(staging_model, key, columns) -%}
+{% macro state_at_cut(staging_model, columns) -%}
+    {%- set key = columns[0] -%}
     with history as (
         select * from {{ ref(staging_model) }}
     ),

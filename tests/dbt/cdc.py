@@ -1,7 +1,8 @@
 """How a bank's commits reach `raw`: as Debezium's envelopes, in lanes that land each at its own pace.
 
 Cdc      sends each commit (BEGIN, rows in the order of lsn, END); dies at times, and sends again from an earlier commit on.
-Landing  is the lake and the loader: a prefix of every lane lies in raw.*, END long before its rows, or long after.
+Landing  is the lake and the loader: a prefix of every lane lies in raw.*, END long before its rows, or long after. What is dead
+         lies in raw._rejected instead.
 """
 
 import io
@@ -20,6 +21,8 @@ class Cdc:
         self.facts = {lane: [] for lane in self.lanes}
         self.moments = {lane: [] for lane in self.lanes}
         self.previous_end, self.said = None, 0
+        # Changes that no warehouse takes, each time they are sent: {lsn: whether they still say whose they are}.
+        self.dead = {}
 
     def say(self, lane, value, fact):
         self.said += 1
@@ -128,8 +131,14 @@ class Landing:
         cursor = self.connection.cursor()
         topic = "bank.transaction" if table == "boundaries" else f"bank.public.{table}"
         path = f"raw/{table}/p={partition}/{first:020}-{end - 1:020}.parquet"
+        dead = [(offset, fact) for offset, fact in enumerate(self.cdc.facts[lane][first:end], first) if fact and fact[1] in self.cdc.dead]
+        for offset, (xid, lsn, key, op) in dead:
+            known = (xid, lsn, op, key) if self.cdc.dead[lsn] else (None,) * 4
+            insert = "insert into raw._rejected (topic, partition, \"offset\", reason, tx_id, lsn, op, key) values (%s, %s, %s, 'dead', %s, %s, %s, %s)"
+            cursor.execute(insert, (topic, partition, offset, *known))
+        dead = dict(dead)
         values = enumerate(self.cdc.lanes[lane][first:end], first)
-        lines = "".join(f"{copy_text(value)}\t{topic}\t{partition}\t{offset}\t{path}\n" for offset, value in values)
+        lines = "".join(f"{copy_text(value)}\t{topic}\t{partition}\t{offset}\t{path}\n" for offset, value in values if offset not in dead)
         cursor.copy_expert(f"copy raw.{table} (v, _topic, _partition, _offset, _object) from stdin", io.StringIO(lines))
         cursor.execute(
             "insert into raw._loads (topic, partition, first_offset, last_offset, object, rows) values (%s, %s, %s, %s, %s, %s)",

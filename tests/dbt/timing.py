@@ -1,5 +1,8 @@
 """What a run of the five tasks costs, warm: on so many transactions of history, with 2,000 new ones, and with nothing new.
 
+Seconds on the clock, and processor seconds of the worker and of the server (where it runs on this machine), which a busy machine
+does not stretch.
+
 python timing.py --database postgres://…/an_empty_database --work-dir DIR [--sizes 10000,100000] [--rounds 5]
 """
 
@@ -32,27 +35,51 @@ def fill(bank, cdc, landing, transactions):
         transactions -= 10_000
 
 
-def processor_seconds(pid):
-    with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
-        fields = stat.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def stat(pid):
+    with open(f"/proc/{pid}/stat", encoding="ascii") as text:
+        return text.read().rpartition(")")[2].split()
 
 
-def measure(label, dbt, rounds, before):
-    totals, cpu, tasks, nodes = [], [], [], {}
+def processor_seconds(pid, with_dead_children=False):
+    fields = stat(pid)
+    return sum(map(int, fields[11 : 15 if with_dead_children else 13])) / os.sysconf("SC_CLK_TCK")
+
+
+def server_seconds(connection):
+    """Of all processes of the server; 0 where it is not on this machine."""
+    try:
+        server = stat(connection.info.backend_pid)[1]
+        seconds = processor_seconds(server, with_dead_children=True)
+    except FileNotFoundError:
+        return 0.0
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if stat(pid)[1] == server:
+                seconds += processor_seconds(pid)
+        except FileNotFoundError:
+            pass  # It ended while we looked; the server has its seconds now.
+    return seconds
+
+
+def measure(label, dbt, connection, rounds, before):
+    totals, cpu, server, tasks, nodes = [], [], [], [], {}
     for _ in range(rounds):
         before()
-        began = processor_seconds(dbt.worker.pid)
+        began, server_began = processor_seconds(dbt.worker.pid), server_seconds(connection)
         wrong, seconds, ran = dbt.run_tasks()
         assert not wrong, wrong
         cpu.append(processor_seconds(dbt.worker.pid) - began)
+        server.append(server_seconds(connection) - server_began)
         totals.append(sum(seconds.values()))
         tasks.append(seconds)
         for node in ran:
             nodes.setdefault(node["name"], []).append(node["seconds"])
     middle = {task: statistics.median(it[task] for it in tasks) for task in tasks[0]}
     slowest = sorted(((statistics.median(it), name) for name, it in nodes.items()), reverse=True)[:5]
-    print(f"{label}: {statistics.median(totals):.2f} s (best {min(totals):.2f}; the worker's processor time {statistics.median(cpu):.2f})")
+    print(
+        f"{label}: {statistics.median(totals):.2f} s (best {min(totals):.2f}); processor time: worker {statistics.median(cpu):.2f},"
+        f" server {statistics.median(server):.2f} (best {min(server):.2f})"
+    )
     print("    " + ", ".join(f"{task} {seconds:.2f}" for task, seconds in middle.items()))
     print("    slowest nodes: " + ", ".join(f"{name} {1000 * seconds:.0f} ms" for seconds, name in slowest), flush=True)
 
@@ -84,8 +111,8 @@ def main():
         connection.autocommit = True
         connection.cursor().execute("vacuum analyze")
         connection.autocommit = False
-        measure(f"{size} transactions, {NEW_TRANSACTIONS} new", dbt, options.rounds, lambda: fill(bank, cdc, landing, NEW_TRANSACTIONS))
-        measure(f"{size} transactions, nothing new", dbt, options.rounds, lambda: None)
+        measure(f"{size} transactions, {NEW_TRANSACTIONS} new", dbt, connection, options.rounds, lambda: fill(bank, cdc, landing, NEW_TRANSACTIONS))
+        measure(f"{size} transactions, nothing new", dbt, connection, options.rounds, lambda: None)
         connection.close()
     dbt.close()
 

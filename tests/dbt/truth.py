@@ -16,10 +16,12 @@ DIMENSIONS = ("customers", "accounts")
 
 
 class Truth:
-    """The transactions up to a cut, replayed. `snapshot` is (lsn, micros, {table: {id: text}}) or None."""
+    """The transactions up to a cut, replayed. `snapshot` is (lsn, micros, {table: {id: text}}) or None; `dead` are the lsns of changes
+    that no warehouse takes."""
 
-    def __init__(self, snapshot, transactions):
-        self.snapshot, self.transactions, self.replayed = snapshot, transactions, 0
+    def __init__(self, snapshot, transactions, dead=()):
+        self.snapshot, self.replayed = snapshot, 0
+        self.transactions = [it._replace(events=[event for event in it.events if event.lsn not in dead]) for it in transactions]
         self.facts = {table: {} for table in TABLES}  # id: [row, deleted at]
         self.versions = {table: defaultdict(list) for table in DIMENSIONS}  # id: [[row, from, to, deleted at]]
         self.clock, self.snapshot_seen = 0, False
@@ -56,13 +58,13 @@ class Truth:
                     self.leave_behind(table, key, after and json.loads(after), self.clock)
 
 
-def longest_prefix(cdc, landed):
-    """The cut, counted anew from everything that has landed."""
+def longest_prefix(cdc, landed, without=()):
+    """The cut, counted anew from everything that has landed, dead or not, but for these lsns."""
     arrived = defaultdict(set)
     for lane, count in landed.items():
         if lane[0] != "boundaries":
             for fact in cdc.facts[lane][:count]:
-                if fact:
+                if fact and fact[1] not in without:
                     arrived[fact[0], lane[0]].add(fact[1:])
     best, ended = -1, defaultdict(int)  # The last END of each xid: xids come again.
     for fact in cdc.facts["boundaries", 0][: landed["boundaries", 0]]:

@@ -5,51 +5,26 @@ use std::{num::NonZeroU8, num::NonZeroU32, time::Duration};
 use chrono::{DateTime, Utc};
 use ledgerline::{
     bank::{self, Census, Config, Error, Goal, Ground, Rate, Stats, Wish},
-    secret::Secret,
     stage::{self, Handle, Phase},
 };
-use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
+use sqlx::{AssertSqlSafe, PgConnection, Row};
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
+
+use crate::house::Database;
 
 /// Much more than any of these tests needs on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-fn server() -> String {
-    crate::house::postgres()
+/// A database of one test.
+async fn empty(name: &str) -> Database {
+    Database::create(&format!("bank_{name}")).await
 }
 
-/// A database of one test; dropped with its last session's help.
-struct Database {
-    name: String,
-    url: Secret,
-}
-
-impl Database {
-    async fn empty(name: &str) -> Self {
-        let name = format!("bank_{name}_{}", std::process::id());
-        let mut admin = PgConnection::connect(&server()).await.expect("a PostgreSQL for tests");
-        run(&mut admin, &format!("drop database if exists {name} with (force)")).await.expect("drop");
-        run(&mut admin, &format!("create database {name}")).await.expect("create");
-        let mut url: url::Url = server().parse().expect("a URL");
-        url.set_path(&name);
-        Self { name, url: Secret::new(url.as_str()) }
-    }
-
-    async fn with_a_bank(name: &str) -> Self {
-        let database = Self::empty(name).await;
-        bank::prepare(&database.url, Ground::Ours).await.expect("an empty database");
-        database
-    }
-
-    async fn connect(&self) -> PgConnection {
-        PgConnection::connect(self.url.reveal()).await.expect("the test's database")
-    }
-
-    async fn drop(self) {
-        let mut admin = PgConnection::connect(&server()).await.expect("a PostgreSQL for tests");
-        run(&mut admin, &format!("drop database {} with (force)", self.name)).await.expect("drop");
-    }
+async fn with_a_bank(name: &str) -> Database {
+    let database = empty(name).await;
+    bank::prepare(&database.url, Ground::Ours).await.expect("an empty database");
+    database
 }
 
 async fn run(connection: &mut PgConnection, statement: &str) -> Result<(), sqlx::Error> {
@@ -133,7 +108,7 @@ async fn assert_books_balance(database: &Database) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_seed_count_and_day_are_the_same_bank_whatever_the_connections() {
-    let (one, other) = (Database::with_a_bank("same_one").await, Database::with_a_bank("same_other").await);
+    let (one, other) = (with_a_bank("same_one").await, with_a_bank("same_other").await);
     let (first, second) = tokio::join!(post(&one, config(7, 1), 1_500), post(&other, config(7, 6), 1_500));
     assert_eq!((first.events, first.transactions), (second.events, 1_500));
     assert!(first.updates > 0 && first.deletes > 0 && first.events.reversals > 0, "{first:?}");
@@ -155,7 +130,7 @@ async fn the_same_seed_count_and_day_are_the_same_bank_whatever_the_connections(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bank_that_is_not_empty_is_continued_with_any_seed() {
-    let database = Database::with_a_bank("continued").await;
+    let database = with_a_bank("continued").await;
     let mut posted = 0;
     for (seed, count) in [(1, 300), (1, 200), (2, 500), (3, 1)] {
         posted += post(&database, config(seed, 3), count).await.transactions;
@@ -168,7 +143,7 @@ async fn a_bank_that_is_not_empty_is_continued_with_any_seed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pause_really_stops_steps_pay_once_each_and_resume_goes_on() {
-    let database = Database::with_a_bank("paused").await;
+    let database = with_a_bank("paused").await;
     let mut connection = database.connect().await;
     let (mut handle, task) = start(&database, config(5, 4), Goal::Forever, FLAT_OUT);
     until(&mut handle, |stats| stats.transactions > 200).await;
@@ -195,7 +170,7 @@ async fn pause_really_stops_steps_pay_once_each_and_resume_goes_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_empty_bank_that_is_paused_can_be_stepped() {
-    let database = Database::with_a_bank("stepped").await;
+    let database = with_a_bank("stepped").await;
     let (mut handle, task) = start(&database, config(5, 4), Goal::Forever, Wish { phase: Phase::Paused, ..Wish::default() });
     until(&mut handle, |stats| stats.phase == Phase::Paused && stats.clock.is_some()).await;
     handle.wanted.send_modify(|wish| wish.steps = 1);
@@ -207,7 +182,7 @@ async fn an_empty_bank_that_is_paused_can_be_stepped() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_rate_is_felt_at_once() {
-    let database = Database::with_a_bank("rate").await;
+    let database = with_a_bank("rate").await;
     let (mut handle, task) = start(&database, config(5, 2), Goal::Forever, Wish { rate: per_second(1), ..Wish::default() });
     let before = until(&mut handle, |stats| stats.transactions >= 1).await;
     let asked = std::time::Instant::now();
@@ -222,8 +197,8 @@ async fn a_new_rate_is_felt_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sessions_killed_in_the_middle_leave_every_event_done_exactly_once() {
-    let quiet = Database::with_a_bank("quiet").await;
-    let database = Database::with_a_bank("killed").await;
+    let quiet = with_a_bank("quiet").await;
+    let database = with_a_bank("killed").await;
     let mut connection = database.connect().await;
     let (mut handle, task) = start(&database, config(11, 4), Goal::Transactions(4_000), FLAT_OUT);
     for round in 1..=8 {
@@ -246,7 +221,7 @@ async fn sessions_killed_in_the_middle_leave_every_event_done_exactly_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bank_changed_from_elsewhere_is_read_again_and_the_count_is_kept() {
-    let database = Database::with_a_bank("changed").await;
+    let database = with_a_bank("changed").await;
     post(&database, config(3, 2), 400).await;
     let mut connection = database.connect().await;
     let (mut handle, task) = start(&database, config(3, 2), Goal::Transactions(2_000), FLAT_OUT);
@@ -267,7 +242,7 @@ async fn a_bank_changed_from_elsewhere_is_read_again_and_the_count_is_kept() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_generator_waits_until_the_first_has_gone() {
-    let database = Database::with_a_bank("second").await;
+    let database = with_a_bank("second").await;
     let (mut first, first_task) = start(&database, config(1, 2), Goal::Forever, FLAT_OUT);
     until(&mut first, |stats| stats.transactions > 10).await;
     let (mut second, second_task) = start(&database, config(2, 2), Goal::Forever, FLAT_OUT);
@@ -282,7 +257,7 @@ async fn a_second_generator_waits_until_the_first_has_gone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_database_refuses_what_would_break_the_books() {
-    let database = Database::with_a_bank("refuses").await;
+    let database = with_a_bank("refuses").await;
     let mut connection = database.connect().await;
     run(
         &mut connection,
@@ -354,7 +329,7 @@ async fn the_database_refuses_what_would_break_the_books() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_schema_is_made_once_and_a_foreign_one_is_refused_with_the_reason() {
-    let database = Database::empty("schema").await;
+    let database = empty("schema").await;
     assert!(matches!(bank::prepare(&database.url, Ground::Foreign).await, Err(Error::NotPermitted)));
     let mut connection = database.connect().await;
     run(&mut connection, "create table customers (id bigint primary key, name text)").await.expect("allowed");

@@ -19,13 +19,14 @@ use ledgerline::{
     secret::Secret,
     stage::{self, Phase},
 };
-use sqlx::{Connection, Executor as _, PgConnection};
 use tokio::{
     sync::{Barrier, Notify, mpsc, watch},
     task::JoinHandle,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
+
+use crate::house::{Database, on_server};
 
 /// A test that waits longer than this hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -34,38 +35,26 @@ type Result_ = Result<TaskOutcome, TaskError>;
 
 /// A database of the test's own.
 struct House {
-    server: String,
-    name: String,
+    database: Database,
 }
 
 impl House {
     async fn new(name: &str) -> Self {
-        let server = crate::house::postgres();
-        let house = Self { server, name: format!("dag_{name}_{}", std::process::id()) };
-        house.on_server(format!("drop database if exists {} with (force)", house.name)).await;
-        house.on_server(format!("create database {}", house.name)).await;
-        house
+        Self { database: Database::create(&format!("dag_{name}")).await }
     }
 
     fn url(&self) -> Secret {
-        let mut url = url::Url::parse(&self.server).unwrap();
-        url.set_path(&self.name);
-        Secret::new(url.as_str())
-    }
-
-    async fn on_server(&self, statement: String) {
-        let mut connection = PgConnection::connect(&self.server).await.unwrap();
-        connection.execute(sqlx::AssertSqlSafe(statement)).await.unwrap();
+        self.database.url.clone()
     }
 
     /// Cuts the engine's connection, as a restart of the server does.
     async fn cut(&self) {
         let kill = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'ledgerline dag' and datname";
-        self.on_server(format!("{kill} = '{}'", self.name)).await;
+        on_server(&format!("{kill} = '{}'", self.database.name)).await;
     }
 
     async fn clean_up(self) {
-        self.on_server(format!("drop database {} with (force)", self.name)).await;
+        self.database.drop().await;
     }
 }
 

@@ -9,7 +9,6 @@ use std::{
 use ledgerline::{
     dbt::{Command, Config, Error, Invocation, Kind, NodeEvent, RunResults, Status, TASKS, Target, Worker},
     fault::{Diagnose as _, Fault},
-    secret::Secret,
 };
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
@@ -17,22 +16,20 @@ use sqlx::{Connection as _, Executor as _, PgConnection};
 use tokio::{io::AsyncWriteExt as _, sync::mpsc};
 use tokio_util::sync::CancellationToken;
 
+use crate::house::Database;
+
 /// Far beyond what anything here takes; a test that hangs says so.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 const RAW: &str = r#"
     create schema raw;
     create table raw._loads (topic text, partition integer, first_offset bigint, last_offset bigint, object text, rows bigint, loaded_at timestamptz);
-    create table raw._snapshot_ends (topic text, partition integer, end_offset bigint);
+    create table raw._snapshot_ends (topic text, partition integer, end_offset bigint, lsn bigint);
     create table raw._rejected (topic text, partition integer, "offset" bigint, reason text, tx_id bigint, lsn bigint, op text, key text);
 "#;
 
 fn python() -> PathBuf {
     crate::house::python()
-}
-
-fn postgres() -> String {
-    crate::house::postgres()
 }
 
 fn project() -> PathBuf {
@@ -41,26 +38,20 @@ fn project() -> PathBuf {
 
 /// A warehouse of its own for one test, with the tables the loader makes.
 struct Warehouse {
-    name: String,
-    url: String,
+    database: Database,
     sql: PgConnection,
 }
 
 impl Warehouse {
     async fn create(name: &str) -> Self {
-        let name = format!("dbt_{name}_{}", std::process::id());
-        let mut server = PgConnection::connect(&postgres()).await.unwrap();
-        server.execute(sqlx::AssertSqlSafe(format!("drop database if exists {name} with (force)"))).await.unwrap();
-        server.execute(sqlx::AssertSqlSafe(format!("create database {name}"))).await.unwrap();
-        let mut url = url::Url::parse(&postgres()).unwrap();
-        url.set_path(&name);
-        let mut sql = PgConnection::connect(url.as_str()).await.unwrap();
+        let database = Database::create(&format!("dbt_{name}")).await;
+        let mut sql = database.connect().await;
         sql.execute(RAW).await.unwrap();
         for table in ["customers", "accounts", "transactions", "ledger_entries", "boundaries"] {
             let columns = "v jsonb, _topic text, _partition integer, _offset bigint, _object text, _loaded_at timestamptz, primary key (_partition, _offset)";
             sql.execute(sqlx::AssertSqlSafe(format!("create table raw.{table} ({columns})"))).await.unwrap();
         }
-        Self { name, url: url.into(), sql }
+        Self { database, sql }
     }
 
     /// Lands a record at the end of its lane, as the loader does.
@@ -111,14 +102,13 @@ impl Warehouse {
 
     async fn drop(self) {
         self.sql.close().await.unwrap();
-        let mut server = PgConnection::connect(&postgres()).await.unwrap();
-        server.execute(sqlx::AssertSqlSafe(format!("drop database {} with (force)", self.name))).await.unwrap();
+        self.database.drop().await;
     }
 }
 
 async fn start(warehouse: &Warehouse, project_dir: &Path, work_dir: &Path) -> Worker {
     let config = Config { project_dir: project_dir.to_owned(), ..Config::default() };
-    Worker::start(&python(), &config, Target::from_url(&Secret::new(&*warehouse.url)).unwrap(), work_dir).await.unwrap()
+    Worker::start(&python(), &config, Target::from_url(&warehouse.database.url.clone()).unwrap(), work_dir).await.unwrap()
 }
 
 fn quiet() -> mpsc::Sender<NodeEvent> {
@@ -317,6 +307,87 @@ async fn a_missing_row_stops_the_cut_until_it_arrives_or_is_a_dead_letter() {
     warehouse.drop().await;
 }
 
+impl Warehouse {
+    /// A customer as an attempt at the initial snapshot read it.
+    async fn read(&mut self, lsn: i64, id: i64, address: &str) {
+        let mut row = customer(address);
+        row["id"] = id.into();
+        let source = json!({"txId": 600, "lsn": lsn, "ts_us": 1_780_000_000_000_000_i64 + lsn, "snapshot": "true", "table": "customers"});
+        self.land("customers", json!({"before": null, "after": row, "source": source, "op": "r"})).await;
+    }
+
+    /// The snapshot that was read at `lsn` ended where the lanes end now.
+    async fn end_snapshot(&mut self, lsn: i64) {
+        let ends = "insert into raw._snapshot_ends
+            select 'bank.public.' || name, 0, case name when 'customers' then (select count(*) from raw.customers) else 0 end, $1
+            from unnest(array['customers', 'accounts', 'transactions', 'ledger_entries']) as name";
+        sqlx::query(ends).bind(lsn).execute(&mut self.sql).await.unwrap();
+    }
+}
+
+/// All five tasks, of a capture that begins with a snapshot; all of them are green.
+async fn tasks_with_snapshot(worker: &Worker) {
+    for (task, ..) in TASKS {
+        let invocation = Invocation::of_task(task).unwrap().with_var("snapshot", "initial").with_timeout(PATIENCE);
+        let outcome = worker.invoke(invocation, quiet(), CancellationToken::new()).await.unwrap();
+        assert_eq!(outcome.explain(), None);
+    }
+}
+
+#[tokio::test]
+async fn a_snapshot_taken_again_raises_nobody_who_was_deleted_between_the_attempts() {
+    let (mut warehouse, work_dir) = (Warehouse::create("attempts").await, tempfile::tempdir().unwrap());
+    let worker = start(&warehouse, &project(), work_dir.path()).await;
+    let cut = "select coalesce(max(lsn), -1)::text from staging.cut";
+    let staged =
+        "select coalesce(string_agg(concat_ws(' ', customer_id, op, tx_lsn, address), ', ' order by tx_lsn, customer_id), '') from staging.stg_bank__customers";
+
+    // The first attempt dies on its way; then 2 is deleted and 1 moves; the second is half through.
+    for id in 1..=3 {
+        warehouse.read(5_000, id, "Old Street").await;
+    }
+    warehouse.read(9_000, 1, "New Street").await;
+    tasks_with_snapshot(&worker).await;
+    assert_eq!((warehouse.one(cut).await.as_str(), warehouse.one(staged).await.as_str()), ("-1", ""));
+
+    // What streams after it waits for it.
+    warehouse.read(9_000, 3, "Old Street").await;
+    warehouse.end_snapshot(9_000).await;
+    warehouse.commit(700, &[("customers", "u", customer("Far Street"))]).await;
+    tasks_with_snapshot(&worker).await;
+    assert_eq!(warehouse.one(cut).await, "700500");
+    assert_eq!(warehouse.one(staged).await, "1 r 9000 New Street, 3 r 9000 Old Street, 1 u 700500 Far Street");
+    let current = "select string_agg(concat_ws(' ', customer_id, address), ', ' order by customer_id) from analytics.dim_customers where is_current";
+    assert_eq!(warehouse.one(current).await, "1 Far Street, 3 Old Street");
+
+    // A straggler of the first attempt changes nothing, and holds nothing up.
+    warehouse.read(5_000, 4, "Old Street").await;
+    warehouse.commit(701, &[("customers", "u", customer("Near Street"))]).await;
+    tasks_with_snapshot(&worker).await;
+    assert_eq!(warehouse.one(cut).await, "701500");
+    assert_eq!(warehouse.one(current).await, "1 Near Street, 3 Old Street");
+
+    worker.stop().await;
+    warehouse.drop().await;
+}
+
+#[tokio::test]
+async fn a_snapshot_that_found_nothing_left_is_not_the_attempt_before_it() {
+    let (mut warehouse, work_dir) = (Warehouse::create("emptied").await, tempfile::tempdir().unwrap());
+    let worker = start(&warehouse, &project(), work_dir.path()).await;
+    warehouse.read(5_000, 1, "Old Street").await;
+    warehouse.read(5_000, 2, "Old Street").await;
+    warehouse.end_snapshot(9_000).await;
+    warehouse.commit(700, &[("customers", "c", customer("New Street"))]).await;
+    tasks_with_snapshot(&worker).await;
+    let staged = "select string_agg(concat_ws(' ', customer_id, op, tx_lsn), ', ') from staging.stg_bank__customers";
+    assert_eq!(warehouse.one(staged).await, "1 c 700500");
+    assert_eq!(warehouse.one("select string_agg(concat_ws(' ', customer_id, address), ', ') from analytics.dim_customers").await, "1 New Street");
+
+    worker.stop().await;
+    warehouse.drop().await;
+}
+
 #[tokio::test]
 async fn a_row_too_many_and_an_end_that_differs_are_alarms_however_late_they_come() {
     let (mut warehouse, work_dir) = (Warehouse::create("alarms").await, tempfile::tempdir().unwrap());
@@ -441,7 +512,7 @@ async fn a_run_is_cancelled_with_its_queries_and_a_killed_worker_is_replaced() {
 async fn the_worker_ends_with_its_queries_when_nobody_listens_any_more() {
     let (mut warehouse, work_dir, project) = (Warehouse::create("orphan").await, tempfile::tempdir().unwrap(), copy_of_project());
     with_endless_model(project.path());
-    let address = url::Url::parse(&warehouse.url).unwrap();
+    let address = url::Url::parse(warehouse.database.url.reveal()).unwrap();
     let mut orphan = tokio::process::Command::new(python())
         .args(["-I", concat!(env!("CARGO_MANIFEST_DIR"), "/src/dbt/worker.py")])
         .arg(project.path())
@@ -450,7 +521,7 @@ async fn the_worker_ends_with_its_queries_when_nobody_listens_any_more() {
         .env("LEDGERLINE_DBT_PORT", address.port().unwrap_or(5432).to_string())
         .env("LEDGERLINE_DBT_USER", address.username())
         .env("DBT_ENV_SECRET_LEDGERLINE_PASSWORD", address.password().unwrap_or_default())
-        .env("LEDGERLINE_DBT_DATABASE", &warehouse.name)
+        .env("LEDGERLINE_DBT_DATABASE", &warehouse.database.name)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -472,7 +543,7 @@ async fn the_worker_ends_with_its_queries_when_nobody_listens_any_more() {
 #[tokio::test]
 async fn a_dbt_that_cannot_start_says_what_to_do() {
     let (warehouse, work_dir) = (Warehouse::create("start").await, tempfile::tempdir().unwrap());
-    let target = Target::from_url(&Secret::new(&*warehouse.url)).unwrap();
+    let target = Target::from_url(&warehouse.database.url.clone()).unwrap();
 
     let config = Config { project_dir: work_dir.path().join("nowhere"), ..Config::default() };
     let nowhere = Worker::start(&python(), &config, target.clone(), work_dir.path()).await;
@@ -503,7 +574,7 @@ async fn analytics_is_the_bank_as_it_was_at_the_cut_at_every_landing_state() {
 
     let output = tokio::process::Command::new(python())
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/dbt/landing_states.py"))
-        .args(["--database", &warehouse.url, "--seeds", &seeds, "--states", &states, "--transactions", transactions, "--big", "100"])
+        .args(["--database", warehouse.database.url.reveal(), "--seeds", &seeds, "--states", &states, "--transactions", transactions, "--big", "100"])
         .arg("--work-dir")
         .arg(work_dir.path())
         .env("PYTHONDONTWRITEBYTECODE", "1")

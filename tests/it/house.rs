@@ -8,11 +8,15 @@ use std::{
     sync::{OnceLock, mpsc},
 };
 
-use ledgerline::embedded::{
-    Progress,
-    postgres::{Config, Server},
-    python::Venv,
+use ledgerline::{
+    embedded::{
+        Progress,
+        postgres::{Config, Server},
+        python::Venv,
+    },
+    secret::Secret,
 };
+use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
 
 struct House {
     postgres: String,
@@ -31,6 +35,38 @@ pub(crate) fn postgres() -> String {
 /// An interpreter with dbt.
 pub(crate) fn python() -> PathBuf {
     house().python.clone()
+}
+
+/// A database of one test's own, empty at first. A test that fails leaves it for a look; the server's end takes it along.
+pub(crate) struct Database {
+    pub(crate) name: String,
+    pub(crate) url: Secret,
+}
+
+impl Database {
+    /// Each test gives a name of its own; other processes may be at work on the same server.
+    pub(crate) async fn create(name: &str) -> Self {
+        let name = format!("{name}_{}", std::process::id());
+        on_server(&format!("drop database if exists {name} with (force)")).await;
+        on_server(&format!("create database {name}")).await;
+        let mut url: url::Url = postgres().parse().expect("an address");
+        url.set_path(&name);
+        Self { name, url: Secret::new(url.as_str()) }
+    }
+
+    pub(crate) async fn connect(&self) -> PgConnection {
+        PgConnection::connect(self.url.reveal()).await.expect("the test's database answers")
+    }
+
+    pub(crate) async fn drop(self) {
+        on_server(&format!("drop database {} with (force)", self.name)).await;
+    }
+}
+
+/// One statement, as a superuser, beside all databases of tests.
+pub(crate) async fn on_server(sql: &str) {
+    let mut server = PgConnection::connect(&postgres()).await.expect("a PostgreSQL to test on");
+    server.execute(AssertSqlSafe(sql.to_owned())).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
 }
 
 fn house() -> &'static House {

@@ -41,6 +41,29 @@ async fn records_land_by_rows_and_by_age_and_the_group_follows() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_way_from_commit_to_landed_is_measured_by_what_the_records_say_also_after_a_restart() {
+    let house = House::open().await;
+    house.create(CUSTOMERS, 1).await;
+    let an_hour_ago = chrono::Utc::now().timestamp_micros() - 3_600_000_000;
+    let producer = producer(&house.kafka());
+    for n in 0..20 {
+        let value = match n {
+            0 => r#"{"op":"r","source":{"ts_us":1,"snapshot":"first"}}"#.to_owned(),
+            _ => format!(r#"{{"op":"c","source":{{"ts_us":{}}}}}"#, an_hour_ago + n),
+        };
+        producer.send(FutureRecord::<[u8], str>::to(CUSTOMERS).partition(0).payload(&value), WAIT).await.expect("sent");
+    }
+    // Nobody was there when they were sent.
+    let mut sink = house.sink(config()).await;
+    let stats = sink.landed(CUSTOMERS, 0, 20).await;
+    assert_eq!(stats.commit_to_landed.count(), 19, "the snapshot's row was committed long before");
+    let hours = 3_600_000..3_600_000 * 2;
+    assert!(hours.contains(&stats.commit_to_landed.percentile_ms(1).expect("measured")), "{:?}", stats.commit_to_landed);
+    assert!(stats.landing.percentile_ms(99).is_some_and(|it| it < 3_600_000), "the sink's own share is short");
+    sink.stop().await.expect("a clean stop");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restart_goes_on_behind_the_newest_commit_record() {
     let house = House::open().await;
     house.create(CUSTOMERS, 1).await;

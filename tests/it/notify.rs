@@ -9,10 +9,9 @@ use std::{
 use chrono::{DateTime, TimeDelta, Utc};
 use ledgerline::{
     notify::{self, About, Carrier, Config, Kind, Mail, MailState, Outbox, Stats, alarm::Word, letter::Letter},
-    secret::Secret,
     stage::{self, Phase},
 };
-use sqlx::{Connection, Executor as _, PgConnection};
+use sqlx::Executor as _;
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
@@ -22,42 +21,27 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::house::Database;
+
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A database and a directory of the test's own.
 struct House {
-    server: String,
-    name: String,
+    database: Database,
     mails: tempfile::TempDir,
 }
 
 impl House {
     async fn new(name: &str) -> Self {
-        let server = crate::house::postgres();
-        let house = Self { server, name: format!("notify_{name}_{}", std::process::id()), mails: tempfile::tempdir().unwrap() };
-        house.on_server(format!("drop database if exists {} with (force)", house.name)).await;
-        house.on_server(format!("create database {}", house.name)).await;
-        house
-    }
-
-    fn url(&self) -> Secret {
-        let mut url = url::Url::parse(&self.server).unwrap();
-        url.set_path(&self.name);
-        Secret::new(url.as_str())
-    }
-
-    async fn on_server(&self, statement: String) {
-        let mut connection = PgConnection::connect(&self.server).await.unwrap();
-        connection.execute(sqlx::AssertSqlSafe(statement)).await.unwrap();
+        Self { database: Database::create(&format!("notify_{name}")).await, mails: tempfile::tempdir().unwrap() }
     }
 
     async fn on_database(&self, statement: &'static str) {
-        let mut connection = PgConnection::connect(self.url().reveal()).await.unwrap();
-        connection.execute(statement).await.unwrap();
+        self.database.connect().await.execute(statement).await.unwrap();
     }
 
     fn outbox(&self, config: &Config) -> Outbox {
-        Outbox::new(&self.url(), config)
+        Outbox::new(&self.database.url, config)
     }
 
     fn files(&self) -> Vec<(String, String)> {
@@ -65,7 +49,7 @@ impl House {
     }
 
     async fn clean_up(self) {
-        self.on_server(format!("drop database {} with (force)", self.name)).await;
+        self.database.drop().await;
     }
 }
 

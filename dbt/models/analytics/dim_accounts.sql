@@ -8,17 +8,4 @@
     ],
 ) }}
 
-{{ versions('stg_bank__accounts', 'account_id', [
-    'account_id',
-    'account_number',
-    'customer_id',
-    'account_type',
-    'status',
-    'currency',
-    'balance',
-    'interest_rate',
-    'opened_at',
-    'closed_at',
-    'created_at',
-    'updated_at',
-]) }}
+{{ versions('stg_bank__accounts', versioned_columns('accounts')) }}

@@ -8,15 +8,4 @@
     ],
 ) }}
 
-{{ versions('stg_bank__customers', 'customer_id', [
-    'customer_id',
-    'first_name',
-    'last_name',
-    'email',
-    'phone',
-    'date_of_birth',
-    'address',
-    'status',
-    'created_at',
-    'updated_at',
-]) }}
+{{ versions('stg_bank__customers', versioned_columns('customers')) }}

@@ -100,7 +100,7 @@ pub(super) fn busy() -> Snapshot {
             landed_at_ms: noon().timestamp_millis() - 900,
         });
     }
-    (0..200).for_each(|n| snapshot.lake.landing.record(Duration::from_millis(300 + n * 4)));
+    (0..200).for_each(|n| snapshot.lake.landing.record(Duration::from_millis(300 + n * 9 / 2)));
     snapshot.cdc = cdc::Stats {
         step: cdc::Step::Streaming,
         transactions: 44_060,

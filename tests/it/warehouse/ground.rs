@@ -19,19 +19,16 @@ use ledgerline::{
     units::Size,
     warehouse::{load, postgres::Postgres},
 };
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, PgPool};
+
+use crate::house;
 
 /// When everything landed: 2026-11-22.
 pub(super) const LANDED_MS: i64 = 1_795_386_400_000;
 
-/// Where databases are made.
-fn server() -> url::Url {
-    crate::house::postgres().parse().expect("an address")
-}
-
 /// A database that is dropped at the end of a test that passes.
 pub(super) struct Database {
-    name: String,
+    database: house::Database,
     pub(super) url: Secret,
     pub(super) pool: PgPool,
 }
@@ -39,23 +36,16 @@ pub(super) struct Database {
 impl Database {
     pub(super) async fn create() -> Self {
         static MADE: AtomicU32 = AtomicU32::new(0);
-        let name = format!("warehouse_{}_{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
-        let mut url = server();
-        let mut admin = PgConnection::connect(url.as_str()).await.expect("a PostgreSQL to test on");
+        let database = house::Database::create(&format!("warehouse_{}", MADE.fetch_add(1, Ordering::Relaxed))).await;
         // What a test commits need not survive the server.
-        let quick = format!("alter database {name} set synchronous_commit = off");
-        for sql in [format!("drop database if exists {name} with (force)"), format!("create database {name}"), quick] {
-            sqlx::query(AssertSqlSafe(sql)).execute(&mut admin).await.expect("databases can be made");
-        }
-        url.set_path(&name);
-        let pool = PgPool::connect(url.as_str()).await.expect("the new database answers");
-        Self { name, url: Secret::new(url.as_str()), pool }
+        house::on_server(&format!("alter database {} set synchronous_commit = off", database.name)).await;
+        let pool = PgPool::connect(database.url.reveal()).await.expect("the new database answers");
+        Self { url: database.url.clone(), database, pool }
     }
 
     pub(super) async fn drop(self) {
         self.pool.close().await;
-        let mut admin = PgConnection::connect(server().as_str()).await.expect("the server is there");
-        sqlx::query(AssertSqlSafe(format!("drop database {} with (force)", self.name))).execute(&mut admin).await.expect("our database can be dropped");
+        self.database.drop().await;
     }
 
     pub(super) async fn run(&self, sql: &str) {
