@@ -33,26 +33,29 @@ fn postmaster(bank: &Bank) -> Option<u32> {
     text.lines().next()?.trim().parse().ok()
 }
 
-/// A process that PostgreSQL has started for one of its clients.
-fn backend(pipeline: &Running) -> Option<u32> {
+/// A process that PostgreSQL has started for one of its clients, and that is none of these.
+fn another_backend(pipeline: &Running, known: &[u32]) -> Option<u32> {
     let serves_a_client = |pid: &u32| {
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         String::from_utf8_lossy(&command).starts_with("postgres: ledgerline bank 127.0.0.1")
     };
-    pipeline.tree().into_iter().find(serves_a_client)
+    pipeline.tree().into_iter().filter(|it| !known.contains(it)).find(serves_a_client)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_postgresql_killed_under_the_pipeline_comes_back_by_itself_and_nothing_is_lost() {
     let bank = Bank::new();
     let mut pipeline = Running::start(&bank, &["run", "--no-tui", "--for", "20s", "--rate", "50", "--summary", "summary.json"]);
-    until_flowing(&mut pipeline);
-    kill("-KILL", backend(&pipeline).expect("the bank writes"));
-    until_flowing(&mut pipeline);
+    let backend = pipeline.until("a client of PostgreSQL", |it| another_backend(it, &[]));
+    let known = pipeline.tree();
+    kill("-KILL", backend);
+    pipeline.until("clients again", |it| another_backend(it, &known));
 
     let first = postmaster(&bank).expect("it runs");
+    let known = pipeline.tree();
     kill("-KILL", first);
     pipeline.until("another PostgreSQL", |_| postmaster(&bank).filter(|it| *it != first));
+    pipeline.until("clients of it", |it| another_backend(it, &known));
 
     pipeline.ends_with(0);
     assert_eq!(bank.summary()["reconcile"]["ok"], true, "{}", bank.summary()["reconcile"]);
