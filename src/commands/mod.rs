@@ -138,7 +138,7 @@ fn take_data_dir(root: &Path) -> Result<DataDir, Failure> {
 
 /// Starts embedded services with progress lines on stderr; ^C ends the preparation and leaves nothing behind.
 async fn start_services(loaded: &Loaded, data_dir: &DataDir, needs: Needs, interrupted: &CancellationToken) -> Result<Services, Failure> {
-    let progress = Progress::to(|line| tell(line));
+    let progress = Progress::to(tell);
     let mut services = Services::new(loaded, data_dir).map_err(|error| Failure::from_error(&error))?;
     let started = tokio::select! {
         started = services.start(loaded, data_dir, needs, &progress) => started.map_err(|error| Failure::from_error(&error)),
