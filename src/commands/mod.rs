@@ -173,7 +173,7 @@ impl<'a> Limits<'a> {
 /// Starts embedded services with progress lines on stderr. Cut short at any moment, it leaves nothing behind.
 async fn start_services(loaded: &Loaded, data_dir: &DataDir, needs: Needs, limits: &Limits<'_>) -> Result<Services, Failure> {
     Services::check(loaded, needs).map_err(|error| Failure::usage(&error))?;
-    let progress = Progress::to(|line| tell(line));
+    let progress = Progress::to(tell);
     let mut services = Services::new(loaded);
     let starting = async {
         if limits.strict {

@@ -115,6 +115,8 @@ pub(super) struct App {
     /// How far what lies on top can be scrolled, as it was drawn last.
     pub(super) sheet_end: Cell<usize>,
     pub(super) logs: Logs,
+    /// The DAGs' screen shows the chosen run over time, not the grid.
+    pub(super) over_time: bool,
     pub(super) pulse: Pulse,
     /// What the last walk through the whole lake came to.
     pub(super) proof: Option<Message>,
@@ -141,6 +143,7 @@ impl App {
             columns: 2,
             sheet_end: Cell::new(0),
             logs: Logs::default(),
+            over_time: false,
             pulse: Pulse::default(),
             proof: None,
             trend: VecDeque::new(),
@@ -240,6 +243,7 @@ impl App {
             Action::Louder => self.logs.louder(),
             Action::Quieter => self.logs.quieter(),
             Action::Freeze => self.logs.freeze(),
+            Action::Gantt => self.over_time = !self.over_time,
             Action::SaveLog => return Effect::SaveLog,
             Action::Yes => return self.yes(),
             Action::No => self.on_top = None,

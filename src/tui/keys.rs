@@ -44,6 +44,8 @@ pub(super) enum Action {
     /// Nothing newer in the log while one reads.
     Freeze,
     SaveLog,
+    /// The chosen run over time instead of the grid, and back.
+    Gantt,
     /// Proves the whole lake.
     Verify,
     /// Masked messages unmasked, and back.
@@ -181,6 +183,8 @@ const fn quiet(place: In, keys: &'static [Key], shown: &'static str, action: Act
 
 const BINDINGS: &[Binding] = &[
     bind(In::Only(Pane::Dags), &[Key::plain(Enter)], "Enter", Action::Enter, "tries, times and log of the task; follows while it runs"),
+    bind(In::Only(Pane::Dags), &[Key::letter('r')], "r", Action::Retry, "retry the selected failed task, else the newest; asks first"),
+    bind(In::Only(Pane::Dags), &[Key::letter(' ')], "Space", Action::Gantt, "the chosen run over time instead of the grid, and back"),
     bind(In::Only(Pane::Dags), &[Key::letter('c')], "c", Action::Clear, "clear the task and what follows: run them again"),
     bind(In::Only(Pane::Dags), &[Key::letter('x')], "x", Action::Cancel, "cancel the run in progress"),
     bind(In::Only(Pane::Dbt), &[Key::plain(Enter)], "Enter", Action::Enter, "message, failing rows and SQL of the node"),

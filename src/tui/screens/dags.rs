@@ -177,6 +177,10 @@ pub(super) fn screen(frame: &mut Frame, area: Rect, scene: Scene) {
     if let Some(lines) = instead(scene) {
         return frame::lines(frame, inside, lines);
     }
+    if scene.app.over_time {
+        draw_run(frame, inside, scene);
+        return super::age(frame, inside, scene, StageName::Scheduler);
+    }
     let (grid, run) = if inside.width >= SIDE_BY_SIDE {
         let [grid, run] = Layout::horizontal([Constraint::Length(54), Constraint::Fill(1)]).areas(inside);
         (grid, run)

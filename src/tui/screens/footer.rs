@@ -93,6 +93,7 @@ fn words(scene: Scene, action: Action) -> Option<String> {
         Action::Freeze => if app.logs.frozen_at.is_some() { "go on" } else { "freeze" }.to_owned(),
         Action::Last if app.focus == Pane::Log => "follow".to_owned(),
         Action::SaveLog => "save".to_owned(),
+        Action::Gantt => if app.over_time { "grid" } else { "over time" }.to_owned(),
         Action::Verify => "verify".to_owned(),
         Action::Reveal => match &app.on_top {
             Some(OnTop::Details(Page { look: Look::Messages { revealed, .. }, .. })) => if *revealed { "mask" } else { "unmask customers" }.to_owned(),

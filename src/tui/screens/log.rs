@@ -77,7 +77,8 @@ fn draw(frame: &mut Frame, area: Rect, scene: Scene, state: &TuiWidgetState) {
         true => " Stages say here what they do.",
         false => " The pipeline logs in its own process: 6 Enter reads that here, and follows it.",
     };
-    frame::lines(frame, area, row::wrap(nothing, area.width.into()).into_iter().map(|it| Line::from(scene.dim(it))).collect());
+    // Plain: what lies on top takes over the style of the cells that it does not set.
+    frame::lines(frame, area, row::wrap(nothing, area.width.into()).into_iter().map(Line::from).collect());
     let formatter = OneLine { view: LogView::of(scene.app, scene.theme), is_first: AtomicBool::new(true) };
     frame.render_widget(TuiLoggerWidget::default().formatter(Box::new(formatter)).style(Style::new()).state(state), area);
 }

@@ -65,6 +65,8 @@ struct Columns {
 impl Columns {
     fn new(width: usize) -> Self {
         let (rate, lag, total) = if width < 50 { (6, 6, 10) } else { (8, 9, 12) };
+        // A blank before the border, where there is room for one.
+        let width = if width < 50 { width } else { width - 1 };
         let left = width.saturating_sub(NAME + rate + lag + total + 1);
         // A curve of fewer cells says nothing.
         let curve = if left < 8 { 0 } else { (left - 2).min(HISTORY_SECONDS / 2) };

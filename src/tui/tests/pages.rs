@@ -50,7 +50,7 @@ fn a_running_tasks_log_is_followed_until_it_is_over() {
     let mut now = busy();
     let mut run = crate::dag::RunStats::clone(&now.dag.dags[0].runs[0]);
     run.state = crate::dag::RunState::Running;
-    let (run_id, over) = (run.run_id.clone(), now.dag.dags[0].runs[0].clone());
+    let (run_id, over) = (run.run_id.clone(), std::sync::Arc::clone(&now.dag.dags[0].runs[0]));
     now.dag.dags[0].runs[0] = run.into();
     let look = Look::TaskLog { dag_id: LOADING.into(), run_id, task_id: "discover_files".into() };
     let mut app = App::new(true);
@@ -169,4 +169,18 @@ fn an_attached_console_reads_the_pipelines_log_and_the_owner_has_it_already() {
     let mut app = App::new(true);
     assert_eq!(press(&mut app, &now, "6 Enter"), []);
     assert_eq!(app.on_top, None);
+}
+
+#[test]
+fn a_run_is_seen_over_time_in_the_smallest_window() {
+    let now = failing();
+    let mut app = App::new(true);
+    press(&mut app, &now, "3");
+    press(&mut app, &now, "Space");
+    let text = picture(&now, &mut app, (80, 24));
+    for part in ["dbt_report_email", "0.41 s", "━", "✗ failed  2 tries", "Space grid", "r retry"] {
+        assert!(text.contains(part), "{part} in\n{text}");
+    }
+    press(&mut app, &now, "Space");
+    assert!(picture(&now, &mut app, (80, 24)).contains("Space over time"));
 }
