@@ -56,8 +56,10 @@ pub struct LaneProof {
     pub bytes: u64,
     pub first_offset: Option<i64>,
     pub last_offset: Option<i64>,
-    /// Offsets without a row: holes of the log itself, or dead letters.
+    /// Offsets without a record: holes of the log itself. Where the objects were not read, dead letters are among them.
     pub holes: u64,
+    /// Offsets whose record is in the dead-letter topic, as the objects say.
+    pub dead_letters: u64,
 }
 
 /// Everything that was walked. The lake is proven where `findings` is empty; orphans are harmless.
@@ -145,7 +147,9 @@ impl Walk<'_> {
                 records.push(stored.record);
             }
             drop(fetched);
-            self.check_objects(&records, proof).await?;
+            let dead_letters = self.check_objects(&records, proof).await?;
+            lane_proof.dead_letters += dead_letters;
+            lane_proof.holes = lane_proof.holes.saturating_sub(dead_letters);
             match keys.last().map(|it| it.key.parse::<LogKey>()) {
                 Some(Ok(last)) if keys.len() >= 1_000 => from_offset = last.first_offset + 1,
                 Some(Err(foreign)) => {
@@ -181,20 +185,25 @@ impl Walk<'_> {
         }
     }
 
-    async fn check_objects(&self, records: &[CommitRecord], proof: &mut Proof) -> Result<(), Error> {
+    /// Reads the objects, if that was asked for; the number of dead letters they name.
+    async fn check_objects(&self, records: &[CommitRecord], proof: &mut Proof) -> Result<u64, Error> {
+        let mut dead_letters = 0;
         if !self.options.read_objects {
-            return Ok(());
+            return Ok(dead_letters);
         }
         let mut checked = stream::iter(records).map(|it| async move { (it, check_object(self.store, it).await) }).buffered(OBJECTS_AT_ONCE);
         while let Some((record, checked)) = checked.next().await {
             match checked {
-                Ok(wrong) => wrong.into_iter().for_each(|what| proof.finds(&record.data, what)),
+                Ok(Inside { wrong, dead }) => {
+                    dead_letters += dead;
+                    wrong.into_iter().for_each(|what| proof.finds(&record.data, what));
+                }
                 Err(Error::Missing(_)) => proof.finds(&record.data, format!("it is missing, though {} names it", record.key())),
                 Err(Error::Damaged { key, what }) => proof.finds(key, what),
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(dead_letters)
     }
 
     /// Looks at every data object once: named by a commit record, an orphan behind the tail, or ahead of it.
@@ -273,8 +282,13 @@ fn check_link(key: &str, lane: &Lane, Stored { record, sha256 }: &Stored, tail: 
     *tail = Tail::Known { next_offset: record.last_offset + 1, sha256: sha256.clone() };
 }
 
-/// What is wrong inside a data object whose hash is right.
-async fn check_object(store: &Store, record: &CommitRecord) -> Result<Vec<String>, Error> {
+/// What was found inside a data object whose hash is right.
+struct Inside {
+    wrong: Vec<String>,
+    dead: u64,
+}
+
+async fn check_object(store: &Store, record: &CommitRecord) -> Result<Inside, Error> {
     let Decoded { batches, dead } = read(store, record).await?;
     let record = record.clone();
     let checked = tokio::task::spawn_blocking(move || {
@@ -296,7 +310,7 @@ async fn check_object(store: &Store, record: &CommitRecord) -> Result<Vec<String
         if dead.len() as u64 > record.holes() || dead.iter().any(|it| !(record.first_offset..=record.last_offset).contains(&it.offset)) {
             wrong.push("its footer names dead letters that are not of its range".to_owned());
         }
-        wrong
+        Inside { wrong, dead: dead.len() as u64 }
     });
     Ok(checked.await?)
 }
