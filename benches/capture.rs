@@ -174,6 +174,11 @@ async fn run(connection: &mut PgConnection, sql: String) -> anyhow::Result<()> {
 }
 
 async fn drop_database(admin: &mut PgConnection) -> anyhow::Result<()> {
+    // A walsender takes a moment to notice that its reader has left.
+    let left = format!(
+        "do $$ begin while exists (select from pg_replication_slots where database = '{DATABASE}' and active) loop perform pg_sleep(0.05); end loop; end $$"
+    );
+    run(admin, left).await?;
     run(admin, format!("select pg_drop_replication_slot(slot_name) from pg_replication_slots where database = '{DATABASE}'")).await?;
     run(admin, format!("drop database if exists {DATABASE} with (force)")).await
 }

@@ -146,6 +146,20 @@ pub struct Cdc {
 pub enum CdcCommand {
     /// Show the replication slot, how far it is read and what it holds back
     Status(Output),
+    /// Drop the replication slot and the publication, so that the source keeps no WAL for us any more
+    Remove(Remove),
+}
+
+#[derive(Debug, Args)]
+pub struct Remove {
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+    /// Say what would be dropped, drop nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub output: Output,
 }
 
 #[derive(Debug, Subcommand)]

@@ -113,6 +113,26 @@ pub(super) struct Envelope {
     source_head: Vec<u8>,
     /// `,"db":"bank","sequence":"[`
     database: Vec<u8>,
+    /// What the events of a transaction have in common, and those of a moment.
+    shared: Shared,
+    times: Times,
+}
+
+/// The parts of `source` that do not change within a transaction, written once.
+#[derive(Debug, Default)]
+struct Shared {
+    of: Option<(i64, Option<&'static str>, Option<u64>)>,
+    /// From `,"source":` to the first half of the sequence.
+    front: Vec<u8>,
+    /// From the end of the sequence to `ts_ns`.
+    middle: Vec<u8>,
+}
+
+/// `","ts_ms":…,"ts_us":…,"ts_ns":…}` of the last event: many come in one moment.
+#[derive(Debug, Default)]
+struct Times {
+    of: Option<SystemTime>,
+    written: Vec<u8>,
 }
 
 impl Envelope {
@@ -125,7 +145,16 @@ impl Envelope {
         let mut names = b",\"db\":".to_vec();
         json::string(&mut names, database);
         names.extend_from_slice(b",\"sequence\":\"[");
-        Self { key: Vec::new(), value: Vec::new(), old_key: Vec::new(), spans: Vec::new(), source_head, database: names }
+        Self {
+            key: Vec::new(),
+            value: Vec::new(),
+            old_key: Vec::new(),
+            spans: Vec::new(),
+            source_head,
+            database: names,
+            shared: Shared::default(),
+            times: Times::default(),
+        }
     }
 
     /// A row that came to be (`c`) or was read (`r`).
@@ -276,44 +305,19 @@ impl Envelope {
         let out = &mut self.value;
         out.extend_from_slice(b",\"op\":\"");
         out.push(op);
-        out.extend_from_slice(b"\",\"ts_ms\":");
-        let now = since_1970(now);
-        json::integer(out, u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
-        out.extend_from_slice(b",\"ts_us\":");
-        json::integer(out, u64::try_from(now.as_micros()).unwrap_or(u64::MAX));
-        out.extend_from_slice(b",\"ts_ns\":");
-        json::integer(out, u64::try_from(now.as_nanos()).unwrap_or(u64::MAX));
-        out.push(b'}');
+        out.extend_from_slice(self.times.at(now));
     }
 
     fn source(&mut self, names: &[u8], origin: &Origin) {
+        let of = (origin.at_us, origin.snapshot, origin.previous_commit);
+        if self.shared.of != Some(of) {
+            self.shared.write(&self.source_head, &self.database, origin);
+            self.shared.of = Some(of);
+        }
         let out = &mut self.value;
-        out.extend_from_slice(&self.source_head);
-        json::integer(out, origin.at_us.div_euclid(1000));
-        out.extend_from_slice(b",\"snapshot\":");
-        match origin.snapshot {
-            Some(marker) => {
-                out.push(b'"');
-                out.extend_from_slice(marker.as_bytes());
-                out.push(b'"');
-            }
-            None => out.extend_from_slice(b"null"),
-        }
-        out.extend_from_slice(&self.database);
-        match origin.previous_commit {
-            Some(lsn) => {
-                out.extend_from_slice(b"\\\"");
-                json::integer(out, lsn);
-                out.extend_from_slice(b"\\\"");
-            }
-            None => out.extend_from_slice(b"null"),
-        }
-        out.extend_from_slice(b",\\\"");
+        out.extend_from_slice(&self.shared.front);
         json::integer(out, origin.lsn);
-        out.extend_from_slice(b"\\\"]\",\"ts_us\":");
-        json::integer(out, origin.at_us);
-        out.extend_from_slice(b",\"ts_ns\":");
-        json::integer(out, i128::from(origin.at_us) * 1000);
+        out.extend_from_slice(&self.shared.middle);
         out.extend_from_slice(names);
         match origin.xid {
             Some(xid) => json::integer(out, xid),
@@ -339,6 +343,59 @@ impl Envelope {
         out.extend_from_slice(b",\"data_collection_order\":");
         json::integer(out, table_order);
         out.push(b'}');
+    }
+}
+
+impl Shared {
+    fn write(&mut self, source_head: &[u8], database: &[u8], origin: &Origin) {
+        let out = &mut self.front;
+        out.clear();
+        out.extend_from_slice(source_head);
+        json::integer(out, origin.at_us.div_euclid(1000));
+        out.extend_from_slice(b",\"snapshot\":");
+        match origin.snapshot {
+            Some(marker) => {
+                out.push(b'"');
+                out.extend_from_slice(marker.as_bytes());
+                out.push(b'"');
+            }
+            None => out.extend_from_slice(b"null"),
+        }
+        out.extend_from_slice(database);
+        match origin.previous_commit {
+            Some(lsn) => {
+                out.extend_from_slice(b"\\\"");
+                json::integer(out, lsn);
+                out.extend_from_slice(b"\\\"");
+            }
+            None => out.extend_from_slice(b"null"),
+        }
+        out.extend_from_slice(b",\\\"");
+        let out = &mut self.middle;
+        out.clear();
+        out.extend_from_slice(b"\\\"]\",\"ts_us\":");
+        json::integer(out, origin.at_us);
+        out.extend_from_slice(b",\"ts_ns\":");
+        json::integer(out, i128::from(origin.at_us) * 1000);
+    }
+}
+
+impl Times {
+    fn at(&mut self, now: SystemTime) -> &[u8] {
+        if self.of != Some(now) {
+            self.of = Some(now);
+            let out = &mut self.written;
+            let now = since_1970(now);
+            out.clear();
+            out.extend_from_slice(b"\",\"ts_ms\":");
+            json::integer(out, u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
+            out.extend_from_slice(b",\"ts_us\":");
+            json::integer(out, u64::try_from(now.as_micros()).unwrap_or(u64::MAX));
+            out.extend_from_slice(b",\"ts_ns\":");
+            json::integer(out, u64::try_from(now.as_nanos()).unwrap_or(u64::MAX));
+            out.push(b'}');
+        }
+        &self.written
     }
 }
 

@@ -6,6 +6,7 @@ use sqlx::PgConnection;
 use tokio::sync::watch;
 
 use super::{
+    admin,
     error::Error,
     slot::{self, Slot},
     source::{self, Source},
@@ -53,10 +54,6 @@ async fn sample(source: &Source, slot: &str, publication: &str, open: Option<PgC
     };
     let slot = slot::find(&mut connection, slot).await?;
     let source_lsn = source::flushed_wal(&mut connection).await?;
-    let publication_exists = sqlx::query_scalar("select exists (select from pg_publication where pubname = $1)")
-        .bind(publication)
-        .fetch_one(&mut connection)
-        .await
-        .map_err(|source| Error::Sql { what: "look for the publication", source })?;
+    let publication_exists = admin::publication_exists(&mut connection, publication).await?;
     Ok((Health { slot, source_lsn, publication_exists }, connection))
 }

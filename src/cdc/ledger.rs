@@ -30,12 +30,10 @@ impl Ledger {
         self.pending.push_back((receipt, meaning));
     }
 
-    /// The oldest batch, if every message of it is acknowledged: when the last one was (µs since 1970), and what it means.
-    pub(super) fn pop_acked(&mut self) -> Option<(i64, Meaning)> {
-        let (receipt, meaning) = self.pending.front()?;
-        let acked = (receipt.acked_at_us()?, *meaning);
-        self.pending.pop_front();
-        Some(acked)
+    /// What the oldest batch means, if every message of it is acknowledged.
+    pub(super) fn pop_acked(&mut self) -> Option<Meaning> {
+        let (_, meaning) = self.pending.pop_front_if(|(receipt, _)| receipt.is_acked())?;
+        Some(meaning)
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -13,9 +13,11 @@
 //! top-level times; none is left out. A snapshot that was cut short is taken anew. A slot that is lost, missing or was
 //! moved stops the stage loudly: the changes are gone, and only a person can decide to read everything again.
 
+mod admin;
 mod boundaries;
 mod catalog;
 mod copy_text;
+mod dead_letter;
 mod envelope;
 mod error;
 mod health;
@@ -26,6 +28,7 @@ mod moments;
 mod native;
 mod pgoutput;
 mod progress;
+mod sending;
 mod slot;
 mod snapshot;
 mod source;
@@ -36,6 +39,7 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
+    admin::{Removal, SnapshotState, Standing, remove, standing},
     error::{Error, Poison},
     native::run,
     progress::{LaneEnd, SnapshotEnds, snapshot_ends},
@@ -73,6 +77,14 @@ pub struct Config {
 pub enum Engine {
     #[default]
     Native,
+}
+
+impl Engine {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

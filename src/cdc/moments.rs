@@ -64,6 +64,17 @@ pub(super) fn timestamp(text: &str) -> Result<i64, NotA> {
 /// `2026-03-01 12:34:56.5+00` → `"2026-03-01T12:34:56.500000Z"`: always six digits.
 pub(super) fn write_timestamp_utc(out: &mut Vec<u8>, text: &str) -> Result<(), NotA> {
     const NOT: NotA = NotA("a timestamp with time zone");
+    if let Some((day, clock, fraction)) = usual_utc(text.as_bytes()) {
+        out.push(b'"');
+        out.extend_from_slice(day);
+        out.push(b'T');
+        out.extend_from_slice(clock);
+        out.push(b'.');
+        out.extend_from_slice(fraction);
+        out.extend_from_slice(&b"000000"[fraction.len()..]);
+        out.extend_from_slice(b"Z\"");
+        return Ok(());
+    }
     if text == "infinity" || text == "-infinity" {
         super::json::string(out, text);
         return Ok(());
@@ -74,11 +85,7 @@ pub(super) fn write_timestamp_utc(out: &mut Vec<u8>, text: &str) -> Result<(), N
     let after = zone.strip_prefix("+00").ok_or(NOT)?;
     date = date.before_christ(after)?;
     out.push(b'"');
-    // The usual day already stands there as ISO 8601 wants it.
-    match text.get(..10) {
-        Some(day) if after.is_empty() && rest.len() + 10 == text.len() => out.extend_from_slice(day.as_bytes()),
-        _ => date.write(out),
-    }
+    date.write(out);
     out.push(b'T');
     let Some(digits) = clock.get(..8) else { return Err(NOT) };
     out.extend_from_slice(digits.as_bytes());
@@ -92,6 +99,17 @@ pub(super) fn write_timestamp_utc(out: &mut Vec<u8>, text: &str) -> Result<(), N
     out.extend_from_slice(&fraction);
     out.extend_from_slice(b"Z\"");
     Ok(())
+}
+
+/// Day, clock and up to six digits of a timestamp in UTC with a year of four digits: those of nearly every row, which
+/// already stand there as ISO 8601 wants them.
+fn usual_utc(text: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let (day, rest) = text.strip_suffix(b"+00")?.split_at_checked(10)?;
+    let (clock, rest) = rest.strip_prefix(b" ")?.split_at_checked(8)?;
+    let fraction = if rest.is_empty() { rest } else { rest.strip_prefix(b".")? };
+    let is = |text: &[u8], form: &[u8]| text.iter().zip(form).all(|(byte, wanted)| if *wanted == b'0' { byte.is_ascii_digit() } else { byte == wanted });
+    let usual = is(day, b"0000-00-00") && is(clock, b"00:00:00") && fraction.len() <= 6 && fraction.iter().all(u8::is_ascii_digit);
+    usual.then_some((day, clock, fraction))
 }
 
 /// `12:34:56.789+05:30` → `"07:04:56.789Z"`: in UTC, no more digits than needed.

@@ -24,11 +24,12 @@ use super::{
     health::{self, Health},
     heartbeat::{self, Memory, Position},
     progress::{LaneEnd, Store},
+    sending::Flow,
     slot::{self, Replication, Start},
     snapshot,
     source::Source,
     stats::{Stats, Step},
-    streaming::{Flow, Setup, Streaming},
+    streaming::{Setup, Streaming},
 };
 use crate::{
     change::{Lsn, TableId, Topics},
@@ -48,6 +49,8 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 const TICK: Duration = Duration::from_millis(100);
 /// Events taken in a row before anything else is looked at.
 const EVENTS_IN_A_ROW: usize = 512;
+/// Events that share one look at the clock; it bounds how old their time may be after a wait for the broker.
+const EVENTS_BY_CLOCK: usize = 64;
 /// How long a stop waits for the broker to acknowledge what was sent; what it does not is sent again next time.
 const STOP_MAX: Duration = Duration::from_secs(10);
 /// Heartbeats that are searched for the slot's position.
@@ -178,7 +181,9 @@ impl Capture {
         let tables = self.publish(&mut connection, &tables, &start).await?;
         let asking = topics::Topics::connect(&self.bootstrap_servers)?;
         self.ensure_topics(&asking, &tables).await?;
-        let producer = Arc::new(Producer::new(&self.bootstrap_servers)?);
+        let named: Vec<String> = tables.iter().map(|it| self.topics.table(it)).chain([self.topics.boundaries()]).collect();
+        let batch_bytes_max = asking.batch_bytes_max(named.iter().map(String::as_str)).await;
+        let producer = Arc::new(Producer::new(&self.bootstrap_servers, batch_bytes_max)?);
         let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
         let (client, snapshot, confirmed, last_commit) = match start {
             Start::Resume { snapshot, confirmed } => {
@@ -328,6 +333,9 @@ impl Capture {
                     let mut next = event.map_err(failed)?.ok_or(Error::Ended)?;
                     // What lies ready is taken at once; waiting is for the select above.
                     for taken in 1.. {
+                        if taken % EVENTS_BY_CLOCK == 1 {
+                            streaming.look_at_clock();
+                        }
                         if let Flow::Stopped = streaming.take(next, &mut self.stats).await? {
                             break;
                         }

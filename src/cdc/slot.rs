@@ -46,11 +46,8 @@ pub(super) enum Start {
 /// What slot and progress say together. Anything that would be a silent gap is an error.
 pub(super) fn decide(name: &str, database: &str, slot: Option<&Slot>, progress: Option<&Progress>) -> Result<Start, Error> {
     let slot_name = || name.to_owned();
-    if let Some(found) = slot
-        && (found.plugin != "pgoutput" || found.database != database)
-    {
-        let reason = format!("it decodes database {:?} with {:?}", found.database, found.plugin);
-        return Err(Error::SlotForeign { slot: slot_name(), reason });
+    if let Some(found) = slot {
+        require_ours(name, database, found)?;
     }
     let finished = progress.is_some_and(|it| it.finished_at.is_some());
     match (slot, progress) {
@@ -70,6 +67,21 @@ pub(super) fn decide(name: &str, database: &str, slot: Option<&Slot>, progress: 
             Ok(Start::Resume { snapshot, confirmed: slot.health.confirmed_flush_lsn })
         }
     }
+}
+
+/// Refuses a slot that is not for this database, or speaks another language.
+pub(super) fn require_ours(name: &str, database: &str, slot: &Slot) -> Result<(), Error> {
+    if slot.plugin == "pgoutput" && slot.database == database {
+        return Ok(());
+    }
+    let reason = format!("it decodes database {:?} with {:?}", slot.database, slot.plugin);
+    Err(Error::SlotForeign { slot: name.to_owned(), reason })
+}
+
+/// Refuses a slot that somebody reads, and tells who.
+pub(super) async fn require_unread(connection: &mut PgConnection, name: &str, slot: &Slot) -> Result<(), Error> {
+    let Some(pid) = slot.active_pid else { return Ok(()) };
+    Err(Error::SlotBusy { slot: name.to_owned(), holder: holder(connection, pid).await? })
 }
 
 /// Refuses a slot whose WAL is gone.
@@ -129,11 +141,7 @@ async fn holder(connection: &mut PgConnection, pid: i32) -> Result<String, Error
 }
 
 pub(super) async fn drop_slot(connection: &mut PgConnection, name: &str) -> Result<(), Error> {
-    sqlx::query("select pg_drop_replication_slot($1)")
-        .bind(name)
-        .execute(connection)
-        .await
-        .map_err(|source| Error::Sql { what: "drop the slot of an unfinished snapshot", source })?;
+    sqlx::query("select pg_drop_replication_slot($1)").bind(name).execute(connection).await.map_err(|source| Error::Sql { what: "drop the slot", source })?;
     Ok(())
 }
 

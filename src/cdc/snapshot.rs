@@ -14,6 +14,7 @@ use super::{
     copy_text::CopyRow,
     envelope::{Envelope, Origin, Table, since_1970},
     error::Error,
+    sending::millis,
     source::{Source, quoted},
     stats::SnapshotProgress,
 };
@@ -24,6 +25,8 @@ use crate::{
 
 /// How often progress is told.
 const TELL_EVERY: Duration = Duration::from_millis(100);
+/// Rows that share one look at the clock.
+const ROWS_BY_CLOCK: u32 = 64;
 
 /// What is read, and under which snapshot.
 pub(super) struct Plan<'a> {
@@ -59,7 +62,7 @@ pub(super) async fn take(
     // The low half, as the WAL has it.
     let xid = u32::try_from(xid & i64::from(u32::MAX)).ok();
     let origin = Origin { lsn: plan.consistent_point.0, at_us, xid, previous_commit: None, snapshot: None, order: None };
-    let mut reader = Reader { envelope, producer, origin, receipt: Receipt::open(), held: None };
+    let mut reader = Reader { envelope, producer, origin, receipt: Receipt::open(), held: None, now: SystemTime::UNIX_EPOCH, rows_by_clock: 0 };
     for (place, id) in plan.tables.iter().enumerate() {
         let table = catalog::describe(&mut connection, id, plan.topics).await?;
         progress.table = Some(id.to_string());
@@ -104,6 +107,9 @@ struct Reader<'a> {
     origin: Origin,
     receipt: Arc<Receipt>,
     held: Option<Held>,
+    now: SystemTime,
+    /// Rows until the clock is looked at again.
+    rows_by_clock: u32,
 }
 
 impl Reader<'_> {
@@ -125,7 +131,7 @@ impl Reader<'_> {
             buffer.extend_from_slice(&line);
             self.held = Some(Held { table: Arc::clone(&table), line: buffer, first_in_table: rows == 0, first_table });
             rows += 1;
-            if told.elapsed() >= TELL_EVERY {
+            if self.rows_by_clock == 0 && told.elapsed() >= TELL_EVERY {
                 told = Instant::now();
                 tell(rows);
             }
@@ -147,9 +153,13 @@ impl Reader<'_> {
         let unreadable = |source| Error::Row { table: table.id.to_string(), source };
         let origin = Origin { snapshot: Some(marker), ..self.origin };
         row.read(&held.line).map_err(unreadable)?;
-        self.envelope.write_new(table, b'r', row.values(), &origin, SystemTime::now()).map_err(unreadable)?;
+        if self.rows_by_clock == 0 {
+            (self.now, self.rows_by_clock) = (SystemTime::now(), ROWS_BY_CLOCK);
+        }
+        self.rows_by_clock -= 1;
+        self.envelope.write_new(table, b'r', row.values(), &origin, self.now).map_err(unreadable)?;
         let key = table.has_key().then_some(&*self.envelope.key);
-        let outgoing = Outgoing { topic: &table.topic, partition: None, key, value: Some(&self.envelope.value), headers: &[] };
+        let outgoing = Outgoing { topic: &table.topic, partition: None, key, value: Some(&self.envelope.value), headers: &[], timestamp_ms: millis(self.now) };
         Ok(self.producer.send(outgoing, &self.receipt).await?)
     }
 }

@@ -63,6 +63,17 @@ pub enum Step {
     Stopped,
 }
 
+impl Step {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Snapshot => "snapshot",
+            Self::Streaming => "streaming",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
 /// Events of one table since this process started.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TableStats {

@@ -17,12 +17,13 @@ use tokio_util::sync::CancellationToken;
 use super::{
     boundaries::{self, Transaction},
     catalog::{self, KeyNames},
-    envelope::{Envelope, Origin, Table, Update},
+    dead_letter,
+    envelope::{Envelope, Origin, Table, Update, since_1970},
     error::{Error, Poison},
     heartbeat::{self, Position},
-    json,
     ledger::{Ledger, Meaning},
     pgoutput::{self, Message, Old, Relation, Tuple},
+    sending::{Flow, Wire, millis, send},
     source::Source,
     stats::{Stats, TableStats},
 };
@@ -83,12 +84,8 @@ pub(super) struct Streaming {
     written_at: Instant,
     latency: Histogram,
     scratch: (Vec<u8>, Vec<u8>),
-}
-
-/// Streaming was told to stop while a message waited for room in the queue.
-pub(super) enum Flow {
-    On,
-    Stopped,
+    /// The time of the events being taken: a look at the clock for each row costs more than its JSON on some machines.
+    now: SystemTime,
 }
 
 impl Streaming {
@@ -116,6 +113,7 @@ impl Streaming {
             ledger: Ledger::default(),
             latency: Histogram::default(),
             scratch: (Vec::new(), Vec::new()),
+            now: SystemTime::now(),
         }
     }
 
@@ -131,6 +129,11 @@ impl Streaming {
     /// Whether everything sent is acknowledged and every position written down.
     pub(super) fn is_settled(&self) -> bool {
         self.ledger.is_empty() && self.position <= self.written
+    }
+
+    /// The events that follow came now.
+    pub(super) fn look_at_clock(&mut self) {
+        self.now = SystemTime::now();
     }
 
     /// Takes one event. Not cancel-safe: an event is either wholly sent or the stream is given up.
@@ -213,7 +216,8 @@ impl Streaming {
         let (key, value) = &mut self.scratch;
         boundaries::write_key(key, transaction, lsn.0);
         boundaries::write_begin(value, transaction, lsn.0);
-        let outgoing = Outgoing { topic: &self.boundaries_topic, partition: Some(0), key: Some(key), value: Some(value), headers: &[] };
+        let outgoing =
+            Outgoing { topic: &self.boundaries_topic, partition: Some(0), key: Some(key), value: Some(value), headers: &[], timestamp_ms: millis(self.now) };
         send(&self.producer, &self.stop, outgoing, &self.receipt).await
     }
 
@@ -229,8 +233,8 @@ impl Streaming {
         let Some(Described { table, counted, .. }) = self.tables.get_mut(&relation) else {
             return self.dead_letter(lsn, data, None, &Poison::UnknownRelation { relation }, stats).await;
         };
-        let wire = Wire { producer: &self.producer, stop: &self.stop, receipt: &self.receipt };
-        let now = SystemTime::now();
+        let now = self.now;
+        let wire = Wire { producer: &self.producer, stop: &self.stop, receipt: &self.receipt, now };
         let sent = match row {
             Row::Insert(new) => match self.envelope.write_new(table, b'c', new.values(), &origin, now) {
                 Ok(()) => wire.event(table, &self.envelope, &[]).await.map(|flow| (flow, Counted::Insert)),
@@ -246,7 +250,7 @@ impl Streaming {
                     let Some(old) = old else { return Ok(Flow::On) };
                     let order = self.transaction.as_mut().map(|it| it.count(relation)).filter(|_| metadata);
                     let created = Origin { order, ..origin };
-                    match wire.moved(table, &mut self.envelope, &old, new, (&origin, &created), now).await? {
+                    match wire.moved(table, &mut self.envelope, &old, new, (&origin, &created)).await? {
                         Ok(flow) => Ok((flow, Counted::Moved)),
                         Err(poison) => return self.dead_letter(lsn, data, Some(relation), &poison, stats).await,
                     }
@@ -271,38 +275,9 @@ impl Streaming {
         tracing::error!(error = %poison, %lsn, table = table.map(|it| it.id.to_string()), "a row cannot become an event; it goes to the dead letters");
         stats.dead_letters += 1;
         let out = &mut self.scratch.1;
-        out.clear();
-        out.extend_from_slice(b"{\"reason\":");
-        json::string(out, &crate::fault::chain(poison));
-        match table {
-            Some(table) => {
-                out.extend_from_slice(b",\"schema\":");
-                json::string(out, &table.id.schema);
-                out.extend_from_slice(b",\"table\":");
-                json::string(out, &table.id.table);
-            }
-            None => out.extend_from_slice(b",\"schema\":null,\"table\":null"),
-        }
-        out.extend_from_slice(b",\"op\":");
-        json::string(
-            out,
-            match data.first() {
-                Some(b'I') => "c",
-                Some(b'U') => "u",
-                _ => "d",
-            },
-        );
-        out.extend_from_slice(b",\"txId\":");
-        match &self.transaction {
-            Some(transaction) => json::integer(out, transaction.xid),
-            None => out.extend_from_slice(b"null"),
-        }
-        out.extend_from_slice(b",\"lsn\":");
-        json::integer(out, lsn.0);
-        out.extend_from_slice(b",\"bytes\":");
-        json::base64(out, data.iter().copied());
-        out.push(b'}');
-        let outgoing = Outgoing { topic: &self.dead_letters_topic, partition: Some(0), key: None, value: Some(out), headers: &[] };
+        dead_letter::write(out, poison, table.map(|it| &it.id), data, self.transaction.as_ref().map(|it| it.xid), lsn);
+        let outgoing =
+            Outgoing { topic: &self.dead_letters_topic, partition: Some(0), key: None, value: Some(out), headers: &[], timestamp_ms: millis(self.now) };
         send(&self.producer, &self.stop, outgoing, &self.receipt).await
     }
 
@@ -314,7 +289,14 @@ impl Streaming {
             boundaries::write_key(key, &transaction, end.0);
             let tables = &self.tables;
             boundaries::write_end(value, &transaction, end.0, |relation| Some(&tables.get(&relation)?.table));
-            let outgoing = Outgoing { topic: &self.boundaries_topic, partition: Some(0), key: Some(key), value: Some(value), headers: &[] };
+            let outgoing = Outgoing {
+                topic: &self.boundaries_topic,
+                partition: Some(0),
+                key: Some(key),
+                value: Some(value),
+                headers: &[],
+                timestamp_ms: millis(self.now),
+            };
             flow = send(&self.producer, &self.stop, outgoing, &self.receipt).await?;
         }
         if let Flow::Stopped = flow {
@@ -341,9 +323,15 @@ impl Streaming {
         // A message outside of transactions takes effect, and so ends, where it stands.
         let previous_commit = self.last_commit.map(|it| it.0);
         let origin = Origin { lsn: lsn.0, at_us, xid, previous_commit, snapshot: None, order: order.filter(|_| metadata) };
-        self.envelope.write_message(prefix, content, &origin, SystemTime::now());
-        let outgoing =
-            Outgoing { topic: &self.messages_topic, partition: None, key: Some(&self.envelope.key), value: Some(&self.envelope.value), headers: &[] };
+        self.envelope.write_message(prefix, content, &origin, self.now);
+        let outgoing = Outgoing {
+            topic: &self.messages_topic,
+            partition: None,
+            key: Some(&self.envelope.key),
+            value: Some(&self.envelope.value),
+            headers: &[],
+            timestamp_ms: millis(self.now),
+        };
         let flow = send(&self.producer, &self.stop, outgoing, &self.receipt).await?;
         if !transactional && self.transaction.is_none() {
             self.seal(Meaning::Other);
@@ -361,9 +349,11 @@ impl Streaming {
     pub(super) fn settle(&mut self, stats: &mut Stats) -> Result<Option<Lsn>, Error> {
         self.producer.check()?;
         let mut confirmed = None;
-        while let Some((acked_at_us, meaning)) = self.ledger.pop_acked() {
+        let mut acked_at_us = None;
+        while let Some(meaning) = self.ledger.pop_acked() {
             match meaning {
                 Meaning::Commit { committed_at_us } => {
+                    let acked_at_us = *acked_at_us.get_or_insert_with(|| micros(SystemTime::now()));
                     self.latency.record(Duration::from_micros(u64::try_from(acked_at_us - committed_at_us).unwrap_or_default()));
                     stats.transactions += 1;
                     stats.last_commit_at = DateTime::from_timestamp_micros(committed_at_us);
@@ -395,10 +385,18 @@ impl Streaming {
     fn write_position(&mut self, now: Instant, stats: &mut Stats) -> Result<(), Error> {
         let position = Position { snapshot: self.setup.snapshot, confirmed: self.position, last_commit: self.last_commit };
         let header = position.to_header();
-        let value = heartbeat::value(SystemTime::now());
+        let at = SystemTime::now();
+        let value = heartbeat::value(at);
         let receipt = Receipt::open();
         let headers = [(heartbeat::HEADER, header.as_slice())];
-        let outgoing = Outgoing { topic: &self.heartbeat_topic, partition: Some(0), key: Some(&self.heartbeat_key), value: Some(&value), headers: &headers };
+        let outgoing = Outgoing {
+            topic: &self.heartbeat_topic,
+            partition: Some(0),
+            key: Some(&self.heartbeat_key),
+            value: Some(&value),
+            headers: &headers,
+            timestamp_ms: millis(at),
+        };
         if self.producer.try_send(outgoing, &receipt)? {
             self.producer.seal(&receipt);
             self.ledger.push(receipt, Meaning::Position(self.position));
@@ -441,64 +439,6 @@ enum Counted {
     Moved,
 }
 
-/// What it takes to send: borrowed apart from the tables, which are borrowed too.
-struct Wire<'a> {
-    producer: &'a Producer,
-    stop: &'a CancellationToken,
-    receipt: &'a Arc<Receipt>,
-}
-
-impl Wire<'_> {
-    async fn event(&self, table: &Table, envelope: &Envelope, headers: &[(&'static str, &[u8])]) -> Result<Flow, Error> {
-        let outgoing = Outgoing { topic: &table.topic, partition: None, key: key_of(&envelope.key), value: Some(&envelope.value), headers };
-        send(self.producer, self.stop, outgoing, self.receipt).await
-    }
-
-    /// The event and its tombstone.
-    async fn deletion(&self, table: &Table, envelope: &Envelope, headers: &[(&'static str, &[u8])]) -> Result<Flow, Error> {
-        if let Flow::Stopped = self.event(table, envelope, headers).await? {
-            return Ok(Flow::Stopped);
-        }
-        let tombstone = Outgoing { topic: &table.topic, partition: None, key: key_of(&envelope.key), value: None, headers };
-        send(self.producer, self.stop, tombstone, self.receipt).await
-    }
-
-    /// A changed key: delete, tombstone and create, each with the other's key as a header.
-    async fn moved(
-        &self,
-        table: &Table,
-        envelope: &mut Envelope,
-        old: &Old<'_>,
-        new: Tuple<'_>,
-        (deleted, created): (&Origin, &Origin),
-        now: SystemTime,
-    ) -> Result<Result<Flow, Poison>, Error> {
-        // The update that turned out to be a move left both keys behind.
-        let (old_key, new_key) = (envelope.old_key.clone(), envelope.key.clone());
-        if let Err(poison) = envelope.write_delete(table, old, deleted, now) {
-            return Ok(Err(poison));
-        }
-        if let Flow::Stopped = self.deletion(table, envelope, &[("__debezium.newkey", &new_key)]).await? {
-            return Ok(Ok(Flow::Stopped));
-        }
-        if let Err(poison) = envelope.write_moved(table, old, new, created, now) {
-            return Ok(Err(poison));
-        }
-        self.event(table, envelope, &[("__debezium.oldkey", &old_key)]).await.map(Ok)
-    }
-}
-
-fn key_of(key: &[u8]) -> Option<&[u8]> {
-    (!key.is_empty()).then_some(key)
-}
-
-/// Puts a message into the queue. A full queue is waited for, unless the stage is told to stop.
-async fn send(producer: &Producer, stop: &CancellationToken, outgoing: Outgoing<'_>, receipt: &Arc<Receipt>) -> Result<Flow, Error> {
-    if producer.try_send(outgoing, receipt)? {
-        return Ok(Flow::On);
-    }
-    tokio::select! {
-        () = stop.cancelled() => Ok(Flow::Stopped),
-        sent = producer.send(outgoing, receipt) => Ok(sent.map(|()| Flow::On)?),
-    }
+fn micros(now: SystemTime) -> i64 {
+    i64::try_from(since_1970(now).as_micros()).unwrap_or(i64::MAX)
 }

@@ -29,6 +29,7 @@ use crate::{
 };
 
 mod attach;
+mod cdc;
 mod dag;
 mod doctor;
 mod kpi;
@@ -55,9 +56,9 @@ pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
     match command {
         Command::Run(flags) => run::run(&loaded, flags, log_format).await,
         Command::Generate(stage) => run::stage_alone(&loaded, run::Alone::Bank, stage.for_, log_format).await,
-        Command::Cdc(cdc) => match cdc.command {
+        Command::Cdc(alone) => match alone.command {
             None => run::stage_alone(&loaded, run::Alone::Cdc, None, log_format).await,
-            Some(command) => services::cdc(&loaded, command).await,
+            Some(command) => cdc::cdc(&loaded, command).await,
         },
         Command::Sink(stage) => run::stage_alone(&loaded, run::Alone::Lake, stage.for_, log_format).await,
         Command::Scheduler(stage) => run::stage_alone(&loaded, run::Alone::Scheduler, stage.for_, log_format).await,

@@ -1,9 +1,9 @@
-//! `services`: where everything is, for psql, kcat, aws, DuckDB or a notebook. And `cdc status`, which asks the same owner.
+//! `services`: where everything is, for psql, kcat, aws, DuckDB or a notebook.
 
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    cli::{CdcCommand, Output},
+    cli::Output,
     config::Loaded,
     exit::{Exit, Failure},
     pipeline::{
@@ -41,30 +41,4 @@ fn print(printed: &Printed, output: &Output) -> Result<(), Failure> {
         "source     {}\nwarehouse  {}\nstate      {}\nkafka      {}\ns3         {} bucket {} region {}\n           AWS_ACCESS_KEY_ID={} AWS_SECRET_ACCESS_KEY={}\n",
         printed.source, printed.warehouse, printed.state, printed.kafka, s3.endpoint, s3.bucket, s3.region, s3.access_key_id, s3.secret_access_key
     ))
-}
-
-pub(super) async fn cdc(loaded: &Loaded, command: CdcCommand) -> Result<Exit, Failure> {
-    let CdcCommand::Status(output) = command;
-    let root = loaded.data_dir();
-    let Some(owner) = Client::connect(&data_dir::socket_path(&root)).await else {
-        return Err(Failure::new(Exit::Away, format!("no pipeline runs on {}", root.display())).with_remedy("start one with `ledgerline run`"));
-    };
-    let (snapshots, _reading) = owner.watch().await.map_err(|error| Failure::new(Exit::Away, error.to_string()))?;
-    let cdc = snapshots.borrow().cdc.clone();
-    if output.json {
-        super::print_json(&cdc)?;
-        return Ok(Exit::Right);
-    }
-    let mut text = format!(
-        "step       {:?}\nconfirmed  {}\nreceived   {}\nbehind     {}\n",
-        cdc.step,
-        cdc.confirmed_lsn,
-        cdc.received_lsn,
-        crate::units::bytes_for_people(cdc.lag_bytes)
-    );
-    if let Some(slot) = &cdc.slot {
-        text += &format!("slot       {} · WAL {}\n", if slot.active { "active" } else { "not active" }, slot.wal_status);
-    }
-    super::print(&text)?;
-    Ok(Exit::Right)
 }

@@ -3,3 +3,4 @@
 mod bytes;
 mod days;
 mod house;
+mod refusals;

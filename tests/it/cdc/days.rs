@@ -11,9 +11,8 @@ use std::{
 };
 
 use ledgerline::{
-    cdc::{self, Config, SnapshotMode, Stats, Step},
+    cdc::{self, Config, SnapshotMode, Step},
     embedded::kafka,
-    fault::{Diagnose as _, Fault},
     secret::Secret,
     stage::Phase,
     stream::topics::Topics,
@@ -22,9 +21,13 @@ use serde_json::Value;
 use sqlx::{Connection as _, PgConnection};
 use tokio::task::JoinHandle;
 
-use super::house::{Broker, Capture, Database, Read, config, without_times};
+use super::{
+    house::{Broker, Capture, Database, Read, config, without_times},
+    refusals::refuses,
+};
 
-const PAYMENTS: &str = "create table payments (id bigint primary key, amount numeric(18,2) not null, note text); alter table payments replica identity full;";
+pub(super) const PAYMENTS: &str =
+    "create table payments (id bigint primary key, amount numeric(18,2) not null, note text); alter table payments replica identity full;";
 
 /// Inserts, updates and deletes until told to stop; several may run, each on ids of its own.
 fn write_payments(url: Secret, first_id: i64) -> (Arc<AtomicBool>, JoinHandle<()>) {
@@ -384,111 +387,6 @@ async fn without_a_snapshot_only_changes_arrive() {
     assert_eq!(parsed(&records[0]).expect("an event")["transaction"], Value::Null);
     assert_eq!(broker.read("bank.transaction"), []);
     capture.stop().await;
-}
-
-/// Starts a capture that must end with instructions for the operator.
-async fn refuses(database: &Database, broker: &Broker, config: Config, told: &str) {
-    let error = Capture::start(database, broker.address(), config).ended().await.expect_err("it refuses");
-    let Fault::Operator(remedy) = error.fault() else { panic!("no remedy for: {error}") };
-    assert!(error.to_string().contains(told) || remedy.contains(told), "{error}: {remedy}");
-}
-
-/// A database with a capture that ran and stopped in good order.
-async fn captured(test: &str) -> (Database, Broker, Config) {
-    let database = Database::create(test).await;
-    database.run(PAYMENTS).await;
-    let broker = Broker::start("bank", &["public.payments"], 1);
-    let config = config(&database, "bank");
-    let capture = Capture::start(&database, broker.address(), config.clone());
-    capture.until("streaming", |it| it.step == Step::Streaming).await;
-    database.run("insert into payments values (1, 1.00, 'x');").await;
-    capture.drain(&database).await;
-    capture.stop().await;
-    (database, broker, config)
-}
-
-async fn sql(database: &Database, statement: &'static str) {
-    sqlx::query(statement).bind(&database.name).execute(&mut database.connect().await).await.expect("done");
-}
-
-#[tokio::test]
-async fn a_slot_that_was_dropped_is_told() {
-    let (database, broker, config) = captured("dropped").await;
-    sql(&database, "select pg_drop_replication_slot($1)").await;
-    refuses(&database, &broker, config, "missing").await;
-}
-
-#[tokio::test]
-async fn a_slot_that_somebody_else_moved_is_told() {
-    let (database, broker, config) = captured("moved").await;
-    database.run("insert into payments values (2, 1.00, 'x');").await;
-    sql(&database, "select pg_replication_slot_advance($1, pg_current_wal_flush_lsn())").await;
-    refuses(&database, &broker, config, "consumed").await;
-}
-
-#[tokio::test]
-async fn a_publication_that_was_dropped_is_told_at_the_start_and_while_streaming() {
-    let (database, broker, config) = captured("unpublished").await;
-    let capture = Capture::start(&database, broker.address(), config.clone());
-    capture.until("streaming", |it| it.step == Step::Streaming).await;
-    database.run(&format!("drop publication {};", database.name)).await;
-    let error = capture.ended().await.expect_err("it notices");
-    assert!(matches!(error.fault(), Fault::Operator(_)), "{error}");
-    refuses(&database, &broker, config, "publication").await;
-}
-
-#[tokio::test]
-async fn a_slot_nobody_told_us_of_and_a_foreign_one_are_told() {
-    let database = Database::create("foreign").await;
-    database.run(PAYMENTS).await;
-    let broker = Broker::start("bank", &["public.payments"], 1);
-    sql(&database, "select pg_create_logical_replication_slot($1, 'pgoutput')").await;
-    refuses(&database, &broker, config(&database, "bank"), "state database").await;
-    sql(&database, "select pg_drop_replication_slot($1)").await;
-    sql(&database, "select pg_create_logical_replication_slot($1, 'test_decoding')").await;
-    refuses(&database, &broker, config(&database, "bank"), "test_decoding").await;
-}
-
-#[tokio::test]
-async fn a_missing_table_a_missing_right_and_a_wrong_address_are_told() {
-    let database = Database::create("wrong").await;
-    database.run(PAYMENTS).await;
-    let broker = Broker::start("bank", &["public.payments"], 1);
-    let missing = Config { tables: vec!["public.nothing".into()], ..config(&database, "bank") };
-    refuses(&database, &broker, missing, "public.nothing").await;
-
-    let role = format!("{}_reader", database.name);
-    database
-        .run(&format!(
-            "create role {role} login password 'reader'; grant create on database {} to {role}; alter table payments owner to {role};",
-            database.name
-        ))
-        .await;
-    let mut url = url::Url::parse(database.url.reveal()).expect("an address");
-    url.set_username(&role).expect("a name");
-    url.set_password(Some("reader")).expect("a password");
-    let plain = Capture::start_as(&Secret::new(url.clone()), &database, broker.address(), config(&database, "bank"));
-    let error = plain.ended().await.expect_err("no right to replicate");
-    assert!(matches!(error.fault(), Fault::Operator(remedy) if remedy.contains("replication")), "{error}");
-    database.run(&format!("reassign owned by {role} to current_user; drop owned by {role}; drop role {role};")).await;
-
-    let mut url = url::Url::parse(database.url.reveal()).expect("an address");
-    url.set_path("/no_such_database");
-    let nowhere = Capture::start_as(&Secret::new(url), &database, broker.address(), config(&database, "bank"));
-    assert!(matches!(nowhere.ended().await.expect_err("no database").fault(), Fault::Operator(_)));
-}
-
-#[tokio::test]
-async fn a_second_capture_waits_for_the_slot_and_says_who_holds_it() {
-    let (database, broker, config) = captured("busy").await;
-    let first = Capture::start(&database, broker.address(), config.clone());
-    first.until("streaming", |it| it.step == Step::Streaming).await;
-    let second = Capture::start(&database, broker.address(), config);
-    let stats: Stats = second.until("waiting", |it| it.waiting_for.as_ref().is_some_and(|it| it.contains("ledgerline-cdc"))).await;
-    assert_eq!(stats.step, Step::Connecting);
-    first.kill().await;
-    second.until("streaming", |it| it.step == Step::Streaming).await;
-    second.stop().await;
 }
 
 #[tokio::test]

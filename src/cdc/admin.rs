@@ -1,0 +1,136 @@
+//! What an operator may ask of a capture without running it: how slot and publication stand, and to drop both.
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+
+use super::{
+    Config, Engine,
+    error::Error,
+    progress::{Progress, Store},
+    slot::{self, Slot},
+    source::{self, Source, quoted},
+    stats::SlotHealth,
+};
+use crate::{change::Lsn, secret::Secret};
+
+/// The slot is a responsibility: what it holds back on the source, and how far its reader is.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Standing {
+    pub engine: Engine,
+    pub slot: String,
+    pub publication: String,
+    pub publication_exists: bool,
+    /// None: there is no such slot.
+    pub health: Option<SlotHealth>,
+    /// Why the server gave the slot up.
+    pub invalidation: Option<String>,
+    /// The end of the source's flushed WAL.
+    pub source_lsn: Lsn,
+    /// WAL the source may not remove because of the slot.
+    pub wal_kept_bytes: Option<u64>,
+    /// WAL the capture has not confirmed.
+    pub lag_bytes: Option<u64>,
+    pub snapshot: SnapshotState,
+}
+
+/// How far the reading of the rows from before came.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum SnapshotState {
+    NeverBegun,
+    /// It was cut short, or runs right now.
+    Unfinished,
+    Finished {
+        lsn: Lsn,
+        at: DateTime<Utc>,
+    },
+}
+
+/// What [`remove`] dropped, or would drop.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Removal {
+    pub slot: Option<String>,
+    pub publication: Option<String>,
+    /// WAL the source may remove once the slot is gone.
+    pub wal_freed_bytes: u64,
+}
+
+/// Reads how the capture stands from the source and the state database.
+pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Result<Standing, Error> {
+    let mut connection = Source::new(source)?.connect().await?;
+    let found = slot::find(&mut connection, &config.slot).await?;
+    let source_lsn = source::flushed_wal(&mut connection).await?;
+    let publication_exists = publication_exists(&mut connection, &config.publication).await?;
+    let _ = connection.close().await;
+    let mut store = Store::open(state, &config.topic_prefix).await?;
+    let progress = store.read().await?;
+    store.close().await;
+    Ok(Standing {
+        engine: config.engine,
+        slot: config.slot.clone(),
+        publication: config.publication.clone(),
+        publication_exists,
+        wal_kept_bytes: found.as_ref().map(|it| wal_kept(it, source_lsn)),
+        lag_bytes: found.as_ref().map(|it| source_lsn.0.saturating_sub(it.health.confirmed_flush_lsn.0)),
+        invalidation: found.as_ref().and_then(|it| it.invalidation.clone()),
+        health: found.map(|it| it.health),
+        source_lsn,
+        snapshot: snapshot_state(progress.as_ref()),
+    })
+}
+
+/// Drops slot and publication. With `dry_run` only says what there is. A slot that somebody reads is refused.
+///
+/// The row about the snapshot stays: whoever starts a capture into the same topics again must hear that changes are missing.
+pub async fn remove(source: &Secret, config: &Config, dry_run: bool) -> Result<Removal, Error> {
+    let source = Source::new(source)?;
+    let mut connection = source.connect().await?;
+    let found = slot::find(&mut connection, &config.slot).await?;
+    if let Some(found) = &found {
+        slot::require_ours(&config.slot, &source.database, found)?;
+        slot::require_unread(&mut connection, &config.slot, found).await?;
+    }
+    let source_lsn = source::flushed_wal(&mut connection).await?;
+    let published = publication_exists(&mut connection, &config.publication).await?;
+    if !dry_run {
+        if found.is_some() {
+            slot::drop_slot(&mut connection, &config.slot).await?;
+        }
+        if published {
+            let statement = format!("drop publication if exists {}", quoted(&config.publication));
+            let dropped = sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut connection).await;
+            dropped.map_err(|source| Error::Sql { what: "drop the publication", source })?;
+        }
+    }
+    let _ = connection.close().await;
+    Ok(Removal {
+        wal_freed_bytes: found.as_ref().map_or(0, |it| wal_kept(it, source_lsn)),
+        slot: found.map(|_| config.slot.clone()),
+        publication: published.then(|| config.publication.clone()),
+    })
+}
+
+pub(super) async fn publication_exists(connection: &mut PgConnection, publication: &str) -> Result<bool, Error> {
+    sqlx::query_scalar("select exists (select from pg_publication where pubname = $1)")
+        .bind(publication)
+        .fetch_one(connection)
+        .await
+        .map_err(|source| Error::Sql { what: "look for the publication", source })
+}
+
+/// A lost slot keeps nothing any more; its restart position is 0/0.
+fn wal_kept(slot: &Slot, source_lsn: Lsn) -> u64 {
+    match slot.health.restart_lsn {
+        Lsn(0) => 0,
+        restart => source_lsn.0.saturating_sub(restart.0),
+    }
+}
+
+fn snapshot_state(progress: Option<&Progress>) -> SnapshotState {
+    match progress {
+        None => SnapshotState::NeverBegun,
+        Some(Progress { lsn: Some(lsn), finished_at: Some(at), .. }) => SnapshotState::Finished { lsn: *lsn, at: *at },
+        Some(_) => SnapshotState::Unfinished,
+    }
+}

@@ -1,0 +1,92 @@
+//! An event on its way into the producer's queue, with the messages that belong to it.
+
+use std::{sync::Arc, time::SystemTime};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    envelope::{Envelope, Origin, Table, since_1970},
+    error::{Error, Poison},
+    pgoutput::{Old, Tuple},
+};
+use crate::stream::producer::{Outgoing, Producer, Receipt};
+
+/// Streaming was told to stop while a message waited for room in the queue.
+pub(super) enum Flow {
+    On,
+    Stopped,
+}
+
+/// What it takes to send: borrowed apart from the tables, which are borrowed too.
+pub(super) struct Wire<'a> {
+    pub(super) producer: &'a Producer,
+    pub(super) stop: &'a CancellationToken,
+    pub(super) receipt: &'a Arc<Receipt>,
+    pub(super) now: SystemTime,
+}
+
+impl Wire<'_> {
+    pub(super) async fn event(&self, table: &Table, envelope: &Envelope, headers: &[(&'static str, &[u8])]) -> Result<Flow, Error> {
+        let outgoing = Outgoing {
+            topic: &table.topic,
+            partition: None,
+            key: key_of(&envelope.key),
+            value: Some(&envelope.value),
+            headers,
+            timestamp_ms: millis(self.now),
+        };
+        send(self.producer, self.stop, outgoing, self.receipt).await
+    }
+
+    /// The event and its tombstone.
+    pub(super) async fn deletion(&self, table: &Table, envelope: &Envelope, headers: &[(&'static str, &[u8])]) -> Result<Flow, Error> {
+        if let Flow::Stopped = self.event(table, envelope, headers).await? {
+            return Ok(Flow::Stopped);
+        }
+        let tombstone = Outgoing { topic: &table.topic, partition: None, key: key_of(&envelope.key), value: None, headers, timestamp_ms: millis(self.now) };
+        send(self.producer, self.stop, tombstone, self.receipt).await
+    }
+
+    /// A changed key: delete, tombstone and create, each with the other's key as a header.
+    pub(super) async fn moved(
+        &self,
+        table: &Table,
+        envelope: &mut Envelope,
+        old: &Old<'_>,
+        new: Tuple<'_>,
+        (deleted, created): (&Origin, &Origin),
+    ) -> Result<Result<Flow, Poison>, Error> {
+        // The update that turned out to be a move left both keys behind.
+        let (old_key, new_key) = (envelope.old_key.clone(), envelope.key.clone());
+        if let Err(poison) = envelope.write_delete(table, old, deleted, self.now) {
+            return Ok(Err(poison));
+        }
+        if let Flow::Stopped = self.deletion(table, envelope, &[("__debezium.newkey", &new_key)]).await? {
+            return Ok(Ok(Flow::Stopped));
+        }
+        if let Err(poison) = envelope.write_moved(table, old, new, created, self.now) {
+            return Ok(Err(poison));
+        }
+        self.event(table, envelope, &[("__debezium.oldkey", &old_key)]).await.map(Ok)
+    }
+}
+
+fn key_of(key: &[u8]) -> Option<&[u8]> {
+    (!key.is_empty()).then_some(key)
+}
+
+/// Puts a message into the queue. A full queue is waited for, unless the stage is told to stop.
+pub(super) async fn send(producer: &Producer, stop: &CancellationToken, outgoing: Outgoing<'_>, receipt: &Arc<Receipt>) -> Result<Flow, Error> {
+    if producer.try_send(outgoing, receipt)? {
+        return Ok(Flow::On);
+    }
+    tokio::select! {
+        () = stop.cancelled() => Ok(Flow::Stopped),
+        sent = producer.send(outgoing, receipt) => Ok(sent.map(|()| Flow::On)?),
+    }
+}
+
+/// Kafka's timestamp.
+pub(super) fn millis(now: SystemTime) -> i64 {
+    i64::try_from(since_1970(now).as_millis()).unwrap_or(i64::MAX)
+}

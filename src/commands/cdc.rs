@@ -1,0 +1,149 @@
+//! `cdc status` and `cdc remove`.
+
+use serde::Serialize;
+
+use crate::{
+    cdc::{self, Removal, SnapshotState, Standing, Stats},
+    cli::{self, CdcCommand, Output},
+    config::Loaded,
+    exit::{Exit, Failure},
+    pipeline::services::Needs,
+    stage::Phase,
+    units::bytes_for_people,
+};
+
+#[derive(Serialize)]
+struct Status {
+    schema: u32,
+    #[serde(flatten)]
+    standing: Standing,
+    /// What the running pipeline tells of its capture; null where none runs on this data dir.
+    running: Option<Stats>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    schema: u32,
+    #[serde(flatten)]
+    removal: Removal,
+    removed: bool,
+}
+
+pub(super) async fn cdc(loaded: &Loaded, command: CdcCommand) -> Result<Exit, Failure> {
+    match command {
+        CdcCommand::Status(output) => status(loaded, &output).await,
+        CdcCommand::Remove(flags) => remove(loaded, &flags).await,
+    }
+}
+
+async fn status(loaded: &Loaded, output: &Output) -> Result<Exit, Failure> {
+    let interrupted = super::interrupts();
+    let mut reach = super::Reach::take(loaded, Needs::POSTGRES, &interrupted).await?;
+    let asked = async {
+        let standing = cdc::standing(&reach.addresses.source, &reach.addresses.state, &loaded.config.cdc).await;
+        let standing = standing.map_err(|error| Failure::from_error(&error))?;
+        let running = match reach.owner.take() {
+            Some(owner) => {
+                let (snapshots, _reading) = owner.watch().await.map_err(|error| Failure::new(Exit::Away, error.to_string()))?;
+                Some(snapshots.borrow().cdc.clone())
+            }
+            None => None,
+        };
+        Ok(Status { schema: 1, standing, running })
+    };
+    let asked = tokio::select! {
+        asked = asked => asked,
+        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted")),
+    };
+    reach.release().await;
+    let status = asked?;
+    if output.json {
+        super::print_json(&status)?
+    } else {
+        super::print(&shown(&status))?
+    }
+    Ok(Exit::Right)
+}
+
+fn shown(status: &Status) -> String {
+    let Standing { slot, publication, health, source_lsn, .. } = &status.standing;
+    let mut text = format!("engine       {}\n", status.standing.engine.as_str());
+    text += &match &status.running {
+        Some(stats) => format!("capture      {}{}\n", stats.step.as_str(), if stats.phase == Phase::Paused { " · paused" } else { "" }),
+        None => "capture      not running on this data dir\n".to_owned(),
+    };
+    match health {
+        None => text += &format!("slot         {slot} does not exist\n"),
+        Some(health) => {
+            let read = if health.active { "being read" } else { "not read" };
+            text += &format!("slot         {slot} · {read} · WAL {}\n", health.wal_status);
+            text += &format!("             restart {} · confirmed {} · source {source_lsn}\n", health.restart_lsn, health.confirmed_flush_lsn);
+        }
+    }
+    if let Some(reason) = &status.standing.invalidation {
+        text += &format!("             given up by the server: {reason}\n");
+    }
+    if let (Some(kept), Some(lag)) = (status.standing.wal_kept_bytes, status.standing.lag_bytes) {
+        text += &format!("WAL          {} kept for it · {} not confirmed", bytes_for_people(kept), bytes_for_people(lag));
+        let safe = health.as_ref().and_then(|it| it.safe_wal_bytes).and_then(|it| u64::try_from(it).ok());
+        text += &safe.map_or_else(String::new, |safe| format!(" · {} until it is in danger", bytes_for_people(safe)));
+        text.push('\n');
+    }
+    text += &format!("publication  {publication}{}\n", if status.standing.publication_exists { "" } else { " does not exist" });
+    text + &match &status.standing.snapshot {
+        SnapshotState::NeverBegun => "snapshot     never begun\n".to_owned(),
+        SnapshotState::Unfinished => "snapshot     not finished\n".to_owned(),
+        SnapshotState::Finished { lsn, at } => format!("snapshot     finished {} at {lsn}\n", at.format("%F %T UTC")),
+    }
+}
+
+async fn remove(loaded: &Loaded, flags: &cli::Remove) -> Result<Exit, Failure> {
+    let config = &loaded.config.cdc;
+    let interrupted = super::interrupts();
+    // A pipeline that runs on it is told here, with its pid.
+    let data_dir = super::take_data_dir(&loaded.data_dir())?;
+    let mut services = super::start_services(loaded, &data_dir, Needs::POSTGRES, &super::Limits::of(&interrupted)).await?;
+    let removing = async {
+        let source = &services.addresses.source;
+        let found = cdc::remove(source, config, true).await.map_err(|error| Failure::from_error(&error))?;
+        let nothing = found.slot.is_none() && found.publication.is_none();
+        if flags.dry_run || nothing {
+            return Ok(Report { schema: 1, removal: found, removed: false });
+        }
+        let question = format!("Drop {}? Changes from now on are not captured any more.", named(&found));
+        if !flags.yes && !super::confirmed(&question) {
+            return Err(Failure::new(Exit::Usage, "nothing was dropped").with_remedy("answer y, or give --yes where there is no terminal"));
+        }
+        let removal = cdc::remove(source, config, false).await.map_err(|error| Failure::from_error(&error))?;
+        Ok(Report { schema: 1, removal, removed: true })
+    };
+    let report = tokio::select! {
+        report = removing => report,
+        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted")),
+    };
+    services.stop().await;
+    let report = report?;
+    if flags.output.json {
+        super::print_json(&report)?;
+    } else {
+        super::print(&told(&report))?;
+    }
+    Ok(Exit::Right)
+}
+
+fn named(removal: &Removal) -> String {
+    let slot = removal.slot.as_ref().map(|it| format!("slot {it} (it keeps {} of WAL)", bytes_for_people(removal.wal_freed_bytes)));
+    let publication = removal.publication.as_ref().map(|it| format!("publication {it}"));
+    slot.into_iter().chain(publication).collect::<Vec<_>>().join(" and ")
+}
+
+fn told(report: &Report) -> String {
+    let what = named(&report.removal);
+    match (what.is_empty(), report.removed) {
+        (true, _) => "there is neither slot nor publication\n".to_owned(),
+        (false, false) => format!("would drop {what}\n"),
+        (false, true) => format!(
+            "dropped {what}\nChanges from now on are missing in the topics: to capture again choose a new cdc.topic_prefix, or begin anew with `ledgerline reset`.\n"
+        ),
+    }
+}
