@@ -39,6 +39,7 @@ const ARROWS: [(&str, &[&str]); 25] = [
         "commands",
         &[
             "bank",
+            "cdc",
             "change",
             "cli",
             "config",
