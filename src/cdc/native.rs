@@ -181,9 +181,7 @@ impl Capture {
         let tables = self.publish(&mut connection, &tables, &start).await?;
         let asking = topics::Topics::connect(&self.bootstrap_servers)?;
         self.ensure_topics(&asking, &tables).await?;
-        let named: Vec<String> = tables.iter().map(|it| self.topics.table(it)).chain([self.topics.boundaries()]).collect();
-        let batch_bytes_max = asking.batch_bytes_max(named.iter().map(String::as_str)).await;
-        let producer = Arc::new(Producer::new(&self.bootstrap_servers, batch_bytes_max)?);
+        let producer = Arc::new(Producer::new(&self.bootstrap_servers)?);
         let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
         let (client, snapshot, confirmed, last_commit) = match start {
             Start::Resume { snapshot, confirmed } => {

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, num::NonZeroU32, sync::Arc, time::Duration};
 
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
-    admin::{AdminClient, AdminOptions, ConfigResourceResult, NewTopic, ResourceSpecifier, TopicReplication},
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
     client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer},
     error::{KafkaError, RDKafkaErrorCode},
@@ -120,19 +120,6 @@ impl Topics {
             }
         }
         Ok(())
-    }
-
-    /// The largest batch that all of these topics take. Where the broker does not say, what Kafka's do by default.
-    pub async fn batch_bytes_max(&self, topics: impl Iterator<Item = &str>) -> usize {
-        const KAFKA_DEFAULT: usize = 1_048_588;
-        let Ok(admin) = settings(&self.bootstrap_servers).create::<AdminClient<DefaultClientContext>>() else { return KAFKA_DEFAULT };
-        let asked: Vec<ResourceSpecifier<'_>> = topics.map(ResourceSpecifier::Topic).collect();
-        let answers = admin.describe_configs(&asked, &AdminOptions::new().request_timeout(Some(ANSWER_MAX))).await;
-        drop_elsewhere(admin);
-        let taken = |answer: ConfigResourceResult| answer.ok()?.get("max.message.bytes")?.value.as_ref()?.parse().ok();
-        // Not every broker lets everyone ask; a smaller batch is only slower.
-        let taken = answers.unwrap_or_default().into_iter().map(|it| taken(it).unwrap_or(KAFKA_DEFAULT));
-        taken.min().unwrap_or(KAFKA_DEFAULT)
     }
 
     /// Refuses a topic whose order would be lost over several partitions.

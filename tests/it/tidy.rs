@@ -41,6 +41,7 @@ const ARROWS: [(&str, &[&str]); 26] = [
         "commands",
         &[
             "bank",
+            "cdc",
             "change",
             "cli",
             "config",

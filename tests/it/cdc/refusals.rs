@@ -151,7 +151,9 @@ async fn slot_and_publication_are_shown_as_they_stand_and_dropped_once_nobody_re
 
 /// A walsender takes a moment to notice that its reader has left.
 async fn unread(database: &Database) {
-    let statement = "do $$ begin while exists (select from pg_replication_slots where database = current_database() and active) loop \
-                     perform pg_sleep(0.05); end loop; end $$;";
-    database.run(statement).await;
+    const ACTIVE: &str = "select exists (select from pg_replication_slots where slot_name = $1 and active)";
+    let mut connection = database.connect().await;
+    while sqlx::query_scalar(ACTIVE).bind(&database.name).fetch_one(&mut connection).await.expect("the server answers") {
+        tokio::task::yield_now().await;
+    }
 }
