@@ -14,6 +14,7 @@ use futures_util::FutureExt as _;
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
+    time::Interval,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -334,7 +335,8 @@ impl Capture {
                         if taken % EVENTS_BY_CLOCK == 1 {
                             streaming.look_at_clock();
                         }
-                        if let Flow::Stopped = streaming.take(next, &mut self.stats).await? {
+                        let taking = streaming.take(next, &mut self.stats);
+                        if let Flow::Stopped = heard_of(taking, &producer, &mut ticks, control).await? {
                             break;
                         }
                         next = match (taken < EVENTS_IN_A_ROW).then(|| client.recv().now_or_never()).flatten() {
@@ -398,5 +400,19 @@ impl Capture {
         self.stats.step = step;
         self.stats.waiting_for = waiting_for;
         control.stats.send_replace(self.stats.clone());
+    }
+}
+
+/// Takes an event to its end. While it waits for room in the producer's queue, others hear how that stands.
+async fn heard_of<T>(taking: impl Future<Output = T>, producer: &Producer, ticks: &mut Interval, control: &Control<Stats>) -> T {
+    let mut taking = std::pin::pin!(taking);
+    loop {
+        tokio::select! { biased;
+            taken = &mut taking => return taken,
+            _ = ticks.tick() => control.stats.send_modify(|stats| {
+                stats.queued = producer.n_waiting();
+                stats.broker_away = producer.is_broker_away();
+            }),
+        }
     }
 }

@@ -8,7 +8,7 @@ use crate::binary::said_with;
 #[test]
 fn a_mistake_in_flags_or_arguments_is_told_with_its_remedy() {
     let bank = Bank::new();
-    let mistakes: [(&[&str], i32, &[&str]); 14] = [
+    let mistakes: [(&[&str], i32, &[&str]); 13] = [
         (&["run", "--frobnicate"], 2, &["unexpected argument '--frobnicate'"]),
         (&["run", "--sed", "1"], 2, &["unexpected argument '--sed'", "'--seed'"]),
         (&["reconsile"], 2, &["unrecognized subcommand", "'reconcile'"]),
@@ -21,7 +21,6 @@ fn a_mistake_in_flags_or_arguments_is_told_with_its_remedy() {
         (&["--config", "missing.toml", "kpi"], 2, &["missing.toml", "--config"]),
         (&["--profile", "moon", "kpi"], 2, &["moon", "known: "]),
         (&["attach"], 3, &["no pipeline runs", "ledgerline run"]),
-        (&["cdc", "status"], 3, &["no pipeline runs"]),
         (&["run", "--no-tui", "--once", "--summary", "no/such/folder/s.json", "--transactions", "1"], 2, &["--summary"]),
     ];
     for (arguments, code, words) in mistakes {
