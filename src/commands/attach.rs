@@ -22,6 +22,6 @@ pub(super) async fn attach(loaded: &Loaded, look: &Look) -> Result<Exit, Failure
     let watched = tui::Watched { snapshots, commander: Commander::remote(asking, path), folder: root.join("logs"), owned: false };
     let outcome = tui::run(watched, look, &interrupted).await;
     reading.abort();
-    outcome.map_err(|error| Failure::new(Exit::Away, format!("the console ended: {error}")))?;
+    outcome.map_err(super::terminal_gone)?;
     Ok(Exit::Right)
 }

@@ -210,6 +210,11 @@ pub(crate) fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
+/// A terminal that cannot be written to or read any more is one that has died: as after a hangup, whichever was seen first.
+fn terminal_gone(error: std::io::Error) -> Failure {
+    Failure::new(Exit::Interrupted, format!("the terminal is gone: {error}"))
+}
+
 /// Says a line to the person at the terminal. One that has died is no reason to fall over: what runs is ended in order.
 pub fn tell(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");

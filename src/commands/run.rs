@@ -54,7 +54,7 @@ pub(super) async fn run(loaded: &Loaded, flags: Run, log_format: LogFormat) -> R
     }
     let watched = tui::Watched { snapshots: pipeline.snapshots(), commander: pipeline.commander(), folder: loaded.data_dir().join("logs"), owned: true };
     let outcome = tokio::select! {
-        left = tui::run(watched, &flags.look, &interrupted) => left.map_err(|error| Failure::new(Exit::Away, format!("the console ended: {error}"))),
+        left = tui::run(watched, &flags.look, &interrupted) => left.map_err(super::terminal_gone),
         reached = headless::reach(&pipeline, &ends, &interrupted) => reached,
     };
     // The console leaves at a signal as well; whichever was seen first, the shell is told of the signal.

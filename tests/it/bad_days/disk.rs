@@ -76,7 +76,8 @@ fn fill_and_make_room(bank: &Bank, place: &Path, name: &str, while_full: impl Fn
     until_flowing(&mut pipeline);
     let filler = Filler::fill(place);
     let verdict = format!(" {name}: ");
-    pipeline.until_said(&[&verdict, "is full", "free space"]);
+    // PostgreSQL may have died of it by itself before it could say more than that.
+    pipeline.until_said(&[&verdict, "is full", " free "]);
     while_full(&mut pipeline);
     filler.make_room();
     until_flowing(&mut pipeline);
