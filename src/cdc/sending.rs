@@ -90,3 +90,8 @@ pub(super) async fn send(producer: &Producer, stop: &CancellationToken, outgoing
 pub(super) fn millis(now: SystemTime) -> i64 {
     i64::try_from(since_1970(now).as_millis()).unwrap_or(i64::MAX)
 }
+
+/// As Debezium's `ts_us`.
+pub(super) fn micros(now: SystemTime) -> i64 {
+    i64::try_from(since_1970(now).as_micros()).unwrap_or(i64::MAX)
+}

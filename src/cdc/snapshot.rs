@@ -12,9 +12,9 @@ use sqlx::{AssertSqlSafe, PgConnection};
 use super::{
     catalog,
     copy_text::CopyRow,
-    envelope::{Envelope, Origin, Table, since_1970},
+    envelope::{Envelope, Origin, Table},
     error::Error,
-    sending::millis,
+    sending::{micros, millis},
     source::{Source, quoted},
     stats::SnapshotProgress,
 };
@@ -58,7 +58,7 @@ pub(super) async fn take(
         rows_estimated: estimate(&mut connection, plan.tables).await?,
         ..Default::default()
     };
-    let at_us = i64::try_from(since_1970(SystemTime::now()).as_micros()).unwrap_or(i64::MAX);
+    let at_us = micros(SystemTime::now());
     // The low half, as the WAL has it.
     let xid = u32::try_from(xid & i64::from(u32::MAX)).ok();
     let origin = Origin { lsn: plan.consistent_point.0, at_us, xid, previous_commit: None, snapshot: None, order: None };

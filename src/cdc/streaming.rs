@@ -18,12 +18,12 @@ use super::{
     boundaries::{self, Transaction},
     catalog::{self, KeyNames},
     dead_letter,
-    envelope::{Envelope, Origin, Table, Update, since_1970},
+    envelope::{Envelope, Origin, Table, Update},
     error::{Error, Poison},
     heartbeat::{self, Position},
     ledger::{Ledger, Meaning},
     pgoutput::{self, Message, Old, Relation, Tuple},
-    sending::{Flow, Wire, millis, send},
+    sending::{Flow, Wire, micros, millis, send},
     source::Source,
     stats::{Stats, TableStats},
 };
@@ -437,8 +437,4 @@ enum Counted {
     Update,
     Delete,
     Moved,
-}
-
-fn micros(now: SystemTime) -> i64 {
-    i64::try_from(since_1970(now).as_micros()).unwrap_or(i64::MAX)
 }
