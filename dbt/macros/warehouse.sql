@@ -62,13 +62,21 @@
 {%- endmacro %}
 
 
-{# A table just built has no statistics until autovacuum comes round, and the next model joins it now. #}
-{% macro analyze_when_new() -%}
-    {{ return(adapter.dispatch('analyze_when_new')()) }}
+{# Statistics are taken again whenever a table has grown by a fifth since: autovacuum comes round once a minute, and the next model
+   and its tests join the table now. Merges that touch little of a large table take none. #}
+{% macro analyze_when_grown() -%}
+    {{ return(adapter.dispatch('analyze_when_grown')()) }}
 {%- endmacro %}
 
-{% macro default__analyze_when_new() -%}{%- endmacro %}
+{% macro default__analyze_when_grown() -%}{%- endmacro %}
 
-{% macro postgres__analyze_when_new() -%}
-    {% if execute and not is_incremental() %}analyze {{ this }}{% endif %}
+{% macro postgres__analyze_when_grown() -%}
+    do $$ begin
+        if (
+            select pg_relation_size(oid) > 1.2 * relpages * current_setting('block_size')::bigint
+            from pg_class where oid = '{{ this }}'::regclass
+        ) then
+            analyze {{ this }};
+        end if;
+    end $$
 {%- endmacro %}

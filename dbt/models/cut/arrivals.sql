@@ -10,7 +10,7 @@
     incremental_strategy='append',
     indexes=[{'columns': ['xid', 'lsn', 'key']}, {'columns': ['batch']}],
     pre_hook='{{ create_positions() }}',
-    post_hook='{{ analyze_when_new() }}',
+    post_hook='{{ analyze_when_grown() }}',
 ) }}
 {% set batch, lanes = landed_lanes() %}
 {% set news = lanes | selectattr('has_news') | list %}

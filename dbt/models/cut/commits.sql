@@ -9,7 +9,7 @@
     incremental_strategy='merge',
     unique_key=['xid', 'after_lsn'],
     indexes=[{'columns': ['xid', 'after_lsn'], 'unique': true}, {'columns': ['lsn']}, {'columns': ['batch']}],
-    post_hook='{{ analyze_when_new() }}',
+    post_hook='{{ analyze_when_grown() }}',
 ) }}
 {% set tables = var('tables') %}
 {% set goes_on = execute and is_incremental() %}
