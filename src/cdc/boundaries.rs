@@ -31,6 +31,17 @@ impl Transaction {
         self.by_relation.push((relation, 1));
         (self.events, 1)
     }
+
+    /// Takes the last event of a table back: it could not be written, so nobody may wait for it, and the next one has its place.
+    pub(super) fn uncount(&mut self, relation: u32) {
+        if let Some(at) = self.by_relation.iter().position(|(id, _)| *id == relation) {
+            self.events -= 1;
+            match self.by_relation[at].1 {
+                1 => drop(self.by_relation.remove(at)),
+                count => self.by_relation[at].1 = count - 1,
+            }
+        }
+    }
 }
 
 /// Writes `{"id":"201088:629722832"}`, the key of both boundaries.
@@ -98,6 +109,11 @@ mod tests {
             ["transactions", "ledger_entries"].map(|table| Table::new(TableId { schema: "public".into(), table: table.into() }, String::new(), Vec::new()));
         let mut transaction = Transaction::new(201_151, 1_795_332_275_176_341);
         assert_eq!([0, 1, 1].map(|relation| transaction.count(relation)), [(1, 1), (2, 1), (3, 2)]);
+        // One that could not be written leaves no trace.
+        transaction.count(1);
+        transaction.uncount(1);
+        transaction.count(2);
+        transaction.uncount(2);
         let mut out = Vec::new();
         write_end(&mut out, &transaction, 629_787_328, |relation| tables.get(usize::try_from(relation).ok()?));
         assert_eq!(

@@ -17,6 +17,12 @@ pub(super) enum Flow {
     Stopped,
 }
 
+/// How far a changed key had come when it turned out not to be writable.
+pub(super) enum Sent {
+    Nothing,
+    Deletion,
+}
+
 /// What it takes to send: borrowed apart from the tables, which are borrowed too.
 pub(super) struct Wire<'a> {
     pub(super) producer: &'a Producer,
@@ -55,17 +61,17 @@ impl Wire<'_> {
         old: &Old<'_>,
         new: Tuple<'_>,
         (deleted, created): (&Origin, &Origin),
-    ) -> Result<Result<Flow, Poison>, Error> {
+    ) -> Result<Result<Flow, (Poison, Sent)>, Error> {
         // The update that turned out to be a move left both keys behind.
         let (old_key, new_key) = (envelope.old_key.clone(), envelope.key.clone());
         if let Err(poison) = envelope.write_delete(table, old, deleted, self.now) {
-            return Ok(Err(poison));
+            return Ok(Err((poison, Sent::Nothing)));
         }
         if let Flow::Stopped = self.deletion(table, envelope, &[("__debezium.newkey", &new_key)]).await? {
             return Ok(Ok(Flow::Stopped));
         }
         if let Err(poison) = envelope.write_moved(table, old, new, created, self.now) {
-            return Ok(Err(poison));
+            return Ok(Err((poison, Sent::Deletion)));
         }
         self.event(table, envelope, &[("__debezium.oldkey", &old_key)]).await.map(Ok)
     }

@@ -23,7 +23,7 @@ use super::{
     heartbeat::{self, Position},
     ledger::{Ledger, Meaning},
     pgoutput::{self, Message, Old, Relation, Tuple},
-    sending::{Flow, Wire, micros, millis, send},
+    sending::{Flow, Sent, Wire, micros, millis, send},
     source::Source,
     stats::{Stats, TableStats},
 };
@@ -231,7 +231,7 @@ impl Streaming {
         let previous_commit = self.last_commit.map(|it| it.0);
         let origin = Origin { lsn: lsn.0, at_us, xid, previous_commit, snapshot: None, order: order.filter(|_| metadata) };
         let Some(Described { table, counted, .. }) = self.tables.get_mut(&relation) else {
-            return self.dead_letter(lsn, data, None, &Poison::UnknownRelation { relation }, stats).await;
+            return self.dead_letter(lsn, data, Some(relation), &Poison::UnknownRelation { relation }, stats).await;
         };
         let now = self.now;
         let wire = Wire { producer: &self.producer, stop: &self.stop, receipt: &self.receipt, now };
@@ -252,7 +252,12 @@ impl Streaming {
                     let created = Origin { order, ..origin };
                     match wire.moved(table, &mut self.envelope, &old, new, (&origin, &created)).await? {
                         Ok(flow) => Ok((flow, Counted::Moved)),
-                        Err(poison) => return self.dead_letter(lsn, data, Some(relation), &poison, stats).await,
+                        Err((poison, sent)) => {
+                            if let (Sent::Nothing, Some(transaction)) = (sent, self.transaction.as_mut()) {
+                                transaction.uncount(relation);
+                            }
+                            return self.dead_letter(lsn, data, Some(relation), &poison, stats).await;
+                        }
                     }
                 }
                 Err(poison) => return self.dead_letter(lsn, data, Some(relation), &poison, stats).await,
@@ -269,8 +274,12 @@ impl Streaming {
         Ok(flow)
     }
 
-    /// Sets a row aside with all that is needed to see what it was. It counts as an event of its table: END owes it.
+    /// Sets a row aside with all that is needed to see what it was. END does not owe it: a consumer that waits for whole transactions
+    /// would wait for it forever.
     async fn dead_letter(&mut self, lsn: Lsn, data: &[u8], relation: Option<u32>, poison: &Poison, stats: &mut Stats) -> Result<Flow, Error> {
+        if let (Some(transaction), Some(relation)) = (self.transaction.as_mut(), relation) {
+            transaction.uncount(relation);
+        }
         let table = relation.and_then(|id| self.tables.get(&id)).map(|it| &it.table);
         tracing::error!(error = %poison, %lsn, table = table.map(|it| it.id.to_string()), "a row cannot become an event; it goes to the dead letters");
         stats.dead_letters += 1;
