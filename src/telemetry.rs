@@ -2,7 +2,8 @@
 
 use std::{io, path::Path};
 
-use tracing_appender::{non_blocking::WorkerGuard, rolling};
+use file_rotate::{ContentLimit, FileRotate, compression::Compression, suffix::AppendCount};
+use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::{EnvFilter, Registry, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use crate::cli::LogFormat;
@@ -16,7 +17,11 @@ pub enum Front {
     Stderr(LogFormat),
 }
 
-/// How many log files are kept; one a day.
+/// The file that is written; older ones are `ledgerline.log.1` and so on.
+pub const FILE: &str = "ledgerline.log";
+/// A file is set aside when it has grown to this.
+const FILE_BYTES: usize = 32 << 20;
+/// How many are kept beside the one that is written: with them a day of noise cannot fill the disk.
 const FILES_KEPT: usize = 7;
 
 /// Our own words at `info`, libraries only where they warn; the transport of replication and the S3 protocol say our errors
@@ -37,14 +42,8 @@ pub fn start(front: Front, folder: Option<&Path>) -> io::Result<Option<WorkerGua
     let (file, guard) = match folder {
         Some(folder) => {
             std::fs::create_dir_all(folder)?;
-            let appender = rolling::Builder::new()
-                .rotation(rolling::Rotation::DAILY)
-                .filename_prefix("ledgerline")
-                .filename_suffix("log")
-                .max_log_files(FILES_KEPT)
-                .build(folder)
-                .map_err(io::Error::other)?;
-            let (writer, guard) = tracing_appender::non_blocking(appender);
+            let file = FileRotate::new(folder.join(FILE), AppendCount::new(FILES_KEPT), ContentLimit::BytesSurpassed(FILE_BYTES), Compression::None, None);
+            let (writer, guard) = tracing_appender::non_blocking(file);
             (Some(fmt::layer().with_ansi(false).with_writer(writer)), Some(guard))
         }
         None => (None, None),

@@ -22,6 +22,7 @@ use crate::{
     lake,
     secret::Secret,
     stream::tail,
+    telemetry,
     units::{bytes_for_people, grouped},
 };
 
@@ -159,13 +160,10 @@ impl Eyes {
     }
 }
 
-/// The end of the newest log file. It is read by a thread that may wait.
+/// The end of the log. It is read by a thread that may wait.
 fn log(folder: &Path) -> Result<Reply, String> {
-    let why = |error: std::io::Error| format!("could not read the log in {}: {error}", folder.display());
-    let files = std::fs::read_dir(folder).map_err(why)?.flatten().map(|it| it.path());
-    // Their names end in their day.
-    let newest = files.filter(|it| it.extension().is_some_and(|it| it == "log")).max();
-    let path = newest.ok_or_else(|| format!("no log file in {} yet", folder.display()))?;
+    let path = folder.join(telemetry::FILE);
+    let why = |error: std::io::Error| format!("could not read the log {}: {error}", path.display());
     let mut file = File::open(&path).map_err(why)?;
     let start = file.metadata().map_err(why)?.len().saturating_sub(LOG_BYTES_MAX);
     let mut end = Vec::new();
@@ -345,10 +343,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         assert!(log(folder.path()).is_err());
         let line = "2026-11-22T19:14:57.345292Z  INFO ledgerline::dag::engine: run started dag_id=\"D\"\n";
-        std::fs::write(folder.path().join("ledgerline.2026-11-21.log"), "old\n").expect("written");
-        std::fs::write(folder.path().join("ledgerline.2026-11-22.log"), line.repeat(2_000)).expect("written");
+        std::fs::write(folder.path().join("ledgerline.log"), line.repeat(2_000)).expect("written");
         let reply = log(folder.path()).expect("there");
-        assert!(reply.text.ends_with("11-22.log") && (100..2_000).contains(&reply.page.len()), "{} {}", reply.text, reply.page.len());
+        assert!(reply.text.ends_with("ledgerline.log") && (100..2_000).contains(&reply.page.len()), "{} {}", reply.text, reply.page.len());
         assert!(reply.page.iter().all(|it| it == "19:14:57 INFO  dag: run started dag_id=\"D\""), "{:?}", reply.page[0]);
         assert_eq!(short("  4: core::panicking"), "  4: core::panicking");
     }
