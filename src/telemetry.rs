@@ -17,8 +17,6 @@ pub enum Front {
     Stderr(LogFormat),
 }
 
-/// The file that is written; older ones are `ledgerline.log.1` and so on.
-pub const FILE: &str = "ledgerline.log";
 /// A file is set aside when it has grown to this.
 const FILE_BYTES: usize = 32 << 20;
 /// How many are kept beside the one that is written: with them a day of noise cannot fill the disk.
@@ -34,15 +32,15 @@ const QUIET_FILTER: &str = "error,ledgerline=warn,pgwire_replication=off,s3s=off
 
 /// Starts logging. The guard flushes the file when it is dropped; keep it until the end.
 ///
-/// `folder`: None for commands that own no data dir; then only stderr is written.
-pub fn start(front: Front, folder: Option<&Path>) -> io::Result<Option<WorkerGuard>> {
-    let default = if folder.is_some() { DEFAULT_FILTER } else { QUIET_FILTER };
+/// `file`: None for commands that own no data dir; then only stderr is written. Older ones lie beside it, as `ledgerline.log.1`.
+pub fn start(front: Front, file: Option<&Path>) -> io::Result<Option<WorkerGuard>> {
+    let default = if file.is_some() { DEFAULT_FILTER } else { QUIET_FILTER };
     // One filter for all layers: filters of their own made events vanish from both.
     let filter = EnvFilter::try_from_env("LEDGERLINE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let (file, guard) = match folder {
-        Some(folder) => {
-            std::fs::create_dir_all(folder)?;
-            let file = FileRotate::new(folder.join(FILE), AppendCount::new(FILES_KEPT), ContentLimit::BytesSurpassed(FILE_BYTES), Compression::None, None);
+    let (file, guard) = match file {
+        Some(file) => {
+            std::fs::create_dir_all(file.parent().unwrap_or(file))?;
+            let file = FileRotate::new(file, AppendCount::new(FILES_KEPT), ContentLimit::BytesSurpassed(FILE_BYTES), Compression::None, None);
             let (writer, guard) = tracing_appender::non_blocking(file);
             (Some(fmt::layer().with_ansi(false).with_writer(writer)), Some(guard))
         }

@@ -74,9 +74,9 @@ pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
     }
 }
 
-fn start_logs(front: Front, folder: Option<&Path>) -> Result<Option<tracing_appender::non_blocking::WorkerGuard>, Failure> {
-    telemetry::start(front, folder).map_err(|error| {
-        Failure::new(Exit::Usage, format!("could not open the log in {}: {error}", folder.unwrap_or(Path::new(".")).display()))
+fn start_logs(front: Front, file: Option<&Path>) -> Result<Option<tracing_appender::non_blocking::WorkerGuard>, Failure> {
+    telemetry::start(front, file).map_err(|error| {
+        Failure::new(Exit::Usage, format!("could not open the log {}: {error}", file.unwrap_or(Path::new(".")).display()))
             .with_remedy("choose a folder that you may write with --data-dir")
     })
 }

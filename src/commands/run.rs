@@ -9,7 +9,7 @@ use crate::{
     dag,
     exit::{Exit, Failure},
     headless::{self, Ends},
-    pipeline::{Mode, Parts, Pipeline, goal::Goal, services::Needs},
+    pipeline::{Mode, Parts, Pipeline, data_dir::LOG, goal::Goal, services::Needs},
     telemetry::Front,
     tui,
     units::Span,
@@ -99,7 +99,7 @@ async fn launch(
     limits: &Limits<'_>,
 ) -> Result<(Pipeline, Option<tracing_appender::non_blocking::WorkerGuard>), Failure> {
     let data_dir = super::take_data_dir(&loaded.data_dir())?;
-    let logs = super::start_logs(front, Some(&data_dir.join("logs")))?;
+    let logs = super::start_logs(front, Some(&data_dir.join(LOG)))?;
     let services = super::start_services(loaded, &data_dir, needs, limits).await?;
     let pipeline = Pipeline::start(loaded, data_dir, services, parts, mode).await.map_err(|error| Failure::from_error(&error))?;
     Ok((pipeline, logs))

@@ -121,6 +121,9 @@ impl DataDir {
     }
 }
 
+/// The log of whoever owns the data dir, within it.
+pub const LOG: &str = "logs/ledgerline.log";
+
 /// Where the owner of a data dir listens for the console and single commands.
 pub fn socket_path(root: &Path) -> PathBuf {
     let path = root.join("control.sock");

@@ -22,7 +22,6 @@ use crate::{
     lake,
     secret::Secret,
     stream::tail,
-    telemetry,
     units::{bytes_for_people, grouped},
 };
 
@@ -58,15 +57,15 @@ pub(super) struct Eyes {
     state: Secret,
     topics: Topics,
     /// The folder of the log files.
-    logs: Arc<Path>,
+    log: Arc<Path>,
     /// The pipeline ends, and its services with it.
     stop: CancellationToken,
 }
 
 impl Eyes {
-    pub(super) fn new(addresses: &Addresses, topics: &Topics, logs: &Path, stop: CancellationToken) -> Self {
+    pub(super) fn new(addresses: &Addresses, topics: &Topics, log: &Path, stop: CancellationToken) -> Self {
         let Addresses { kafka, lake, state, .. } = addresses.clone();
-        Self { kafka: kafka.into(), lake, state, topics: topics.clone(), logs: logs.into(), stop }
+        Self { kafka: kafka.into(), lake, state, topics: topics.clone(), log: log.into(), stop }
     }
 
     /// Looks, and says in words what is in the way. A long look ends where the pipeline does.
@@ -83,7 +82,7 @@ impl Eyes {
             Look::CommitRecord { data } => self.commit_record(data, now).await,
             Look::Proof => self.proof().await,
             Look::TaskLog { dag_id, run_id, task_id } => self.task_log(&RunRef { dag_id: dag_id.clone(), run_id: run_id.clone() }, task_id).await,
-            Look::Log => log(&self.logs),
+            Look::Log => log(&self.log),
             Look::Sql { unique_id } => sql(unique_id, now).await,
         };
         let mut reply = seen.unwrap_or_else(Reply::refused);
@@ -161,10 +160,9 @@ impl Eyes {
 }
 
 /// The end of the log. It is read by a thread that may wait.
-fn log(folder: &Path) -> Result<Reply, String> {
-    let path = folder.join(telemetry::FILE);
+fn log(path: &Path) -> Result<Reply, String> {
     let why = |error: std::io::Error| format!("could not read the log {}: {error}", path.display());
-    let mut file = File::open(&path).map_err(why)?;
+    let mut file = File::open(path).map_err(why)?;
     let start = file.metadata().map_err(why)?.len().saturating_sub(LOG_BYTES_MAX);
     let mut end = Vec::new();
     file.seek(SeekFrom::Start(start)).and_then(|_| file.read_to_end(&mut end)).map_err(why)?;
@@ -341,10 +339,11 @@ mod tests {
     #[test]
     fn the_end_of_the_log_is_read_and_its_lines_are_short() {
         let folder = tempfile::tempdir().expect("a folder");
-        assert!(log(folder.path()).is_err());
+        let path = folder.path().join("ledgerline.log");
+        assert!(log(&path).is_err());
         let line = "2026-11-22T19:14:57.345292Z  INFO ledgerline::dag::engine: run started dag_id=\"D\"\n";
-        std::fs::write(folder.path().join("ledgerline.log"), line.repeat(2_000)).expect("written");
-        let reply = log(folder.path()).expect("there");
+        std::fs::write(&path, line.repeat(2_000)).expect("written");
+        let reply = log(&path).expect("there");
         assert!(reply.text.ends_with("ledgerline.log") && (100..2_000).contains(&reply.page.len()), "{} {}", reply.text, reply.page.len());
         assert!(reply.page.iter().all(|it| it == "19:14:57 INFO  dag: run started dag_id=\"D\""), "{:?}", reply.page[0]);
         assert_eq!(short("  4: core::panicking"), "  4: core::panicking");

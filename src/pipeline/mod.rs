@@ -40,7 +40,7 @@ pub mod supervise;
 pub mod verdict;
 
 use command::{Command, Reply, StageName};
-use data_dir::DataDir;
+use data_dir::{DataDir, LOG};
 use look::Eyes;
 use obey::obey;
 use services::Services;
@@ -262,7 +262,7 @@ impl Pipeline {
         let (asks, asked) = mpsc::channel(COMMANDS_MAX);
         let commander = Commander(asks);
         let again = stages.iter().map(|(name, stage)| (*name, Arc::clone(&stage.again))).collect();
-        let eyes = Eyes::new(&services.addresses, &topics, &data_dir.join("logs"), helpers.clone());
+        let eyes = Eyes::new(&services.addresses, &topics, &data_dir.join(LOG), helpers.clone());
         tokio::spawn(obey(wishes.clone(), again, snapshots.clone(), asked, shutdown.clone(), eyes));
 
         let path = data_dir::socket_path(&loaded.data_dir());
