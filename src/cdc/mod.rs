@@ -39,7 +39,7 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    admin::{Removal, SnapshotState, Standing, remove, standing},
+    admin::{Removal, SnapshotState, Standing, has_slot, remove, standing},
     error::{Error, Poison},
     native::run,
     progress::{LaneEnd, SnapshotEnds, snapshot_ends},
