@@ -28,7 +28,7 @@ COPY dbt dbt
 
 FROM base AS environment
 RUN install -d -o ledgerline -g ledgerline cache
-USER ledgerline
+USER 10001:10001
 # The binary fills its environment by itself, from its own lock file and hashes: asked for the DAGs it needs its state
 # database, so this also proves that binary, Python and PostgreSQL run on this base, without root.
 RUN ledgerline dag list --data-dir /tmp/probe && rm -rf /tmp/probe
