@@ -84,7 +84,7 @@ def main():
         sys.exit("a model or a test failed: the deployment is not recorded")
 
     results = arguments.out / "run_results.json"
-    nodes = json.loads(results.read_text())["results"] if built else []
+    nodes = [it for it in json.loads(results.read_text())["results"] if not it["unique_id"].startswith("operation.")] if built else []
     record = {
         "version": arguments.version,
         "image": arguments.image,
