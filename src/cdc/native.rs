@@ -73,7 +73,7 @@ pub async fn run(
         source: Source::new(&source)?,
         state,
         bootstrap_servers,
-        partitions: stream.partitions,
+        stream,
         topics: Topics::new(&config.topic_prefix),
         config,
         streamed: false,
@@ -130,7 +130,7 @@ struct Capture {
     source: Source,
     state: Secret,
     bootstrap_servers: String,
-    partitions: NonZeroU32,
+    stream: stream::Config,
     topics: Topics,
     config: Config,
     /// Whether the stream has flowed since the start.
@@ -181,8 +181,8 @@ impl Capture {
         let start = slot::decide(&name, &self.source.database, found.as_ref(), progress.as_ref())?;
         let tables = self.publish(&mut connection, &tables, &start).await?;
         let asking = topics::Topics::connect(&self.bootstrap_servers)?;
-        self.ensure_topics(&asking, &tables).await?;
-        let producer = Arc::new(Producer::new(&self.bootstrap_servers)?);
+        let topic_bytes_max = self.ensure_topics(&asking, &tables).await?;
+        let producer = Arc::new(Producer::new(&self.bootstrap_servers, topic_bytes_max)?);
         let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
         let (client, snapshot, confirmed, last_commit) = match start {
             Start::Resume { snapshot, confirmed } => {
@@ -244,12 +244,17 @@ impl Capture {
         Ok(captured)
     }
 
-    async fn ensure_topics(&self, asking: &topics::Topics, tables: &BTreeSet<TableId>) -> Result<(), Error> {
+    /// Makes the topics that are missing; the largest batch that all of them take.
+    async fn ensure_topics(&self, asking: &topics::Topics, tables: &BTreeSet<TableId>) -> Result<usize, Error> {
         let single = [self.topics.boundaries(), self.topics.heartbeat(), self.topics.dead_letters(), format!("{}.message", self.topics.prefix())];
-        let single = single.into_iter().map(|topic| Wanted { topic, partitions: NonZeroU32::MIN });
-        let by_table = tables.iter().map(|it| Wanted { topic: self.topics.table(it), partitions: self.partitions });
-        asking.ensure(single.chain(by_table).collect()).await?;
-        Ok(asking.require_single(&self.topics.boundaries()).await?)
+        let single = single.into_iter().map(|topic| (topic, NonZeroU32::MIN));
+        let by_table = tables.iter().map(|it| (self.topics.table(it), self.stream.partitions));
+        let wanted = single.chain(by_table).map(|(topic, partitions)| Wanted { topic, partitions, replication_factor: self.stream.replication_factor });
+        let wanted: Vec<Wanted> = wanted.collect();
+        let names: Vec<String> = wanted.iter().map(|it| it.topic.clone()).collect();
+        asking.ensure(wanted).await?;
+        asking.require_single(&self.topics.boundaries()).await?;
+        Ok(asking.bytes_max(&names).await?)
     }
 
     /// Asks the heartbeat topic whether the slot stands where we left it; the commit before its position.
