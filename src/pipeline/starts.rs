@@ -55,7 +55,7 @@ fn ground(loaded: &Loaded) -> bank::Ground {
 
 pub(super) fn cdc(loaded: &Loaded, services: &Services, control: stage::Control<cdc::Stats>) -> Start {
     let addresses = services.addresses.clone();
-    let (stream, config) = (loaded.config.stream.clone(), loaded.config.cdc.clone());
+    let (stream, config) = (loaded.config.stream.clone(), loaded.cdc());
     // The tables to capture must be there before the publication is made; in our own database we know who makes them.
     let ours = loaded.config.source.url == EMBEDDED && loaded.config.bank.enabled;
     Box::new(move || {
