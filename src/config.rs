@@ -116,6 +116,7 @@ pub struct Secrets {
     pub lake_access_key_id: Option<Secret>,
     pub lake_secret_access_key: Option<Secret>,
     pub mail_password: Option<Secret>,
+    pub connect_password: Option<Secret>,
 }
 
 /// The configuration of one invocation, and where its relative paths start.
@@ -134,6 +135,11 @@ pub struct Loaded {
 impl Loaded {
     pub fn data_dir(&self) -> PathBuf {
         self.base.join(&self.config.data_dir)
+    }
+
+    /// The capture's settings with the sign-in for Kafka Connect.
+    pub fn cdc(&self) -> cdc::Config {
+        cdc::Config { connect_password: self.secrets.connect_password.clone(), ..self.config.cdc.clone() }
     }
 
     pub fn dbt_project_dir(&self) -> PathBuf {
@@ -286,6 +292,7 @@ fn from_env(env: impl Iterator<Item = (String, String)>) -> Result<(Secrets, Vec
             "LAKE__ACCESS_KEY_ID" => &mut secrets.lake_access_key_id,
             "LAKE__SECRET_ACCESS_KEY" => &mut secrets.lake_secret_access_key,
             "MAIL__PASSWORD" => &mut secrets.mail_password,
+            "CDC__CONNECT_PASSWORD" => &mut secrets.connect_password,
             _ => {
                 let key = rest.to_lowercase().replace("__", ".");
                 let layer = Layer::Env(name.clone());

@@ -85,7 +85,7 @@ fn ground(loaded: &Loaded) -> bank::Ground {
 
 pub(super) fn cdc(loaded: &Loaded, services: &Services, control: stage::Control<cdc::Stats>) -> Start {
     let addresses = services.addresses.clone();
-    let (stream, config) = (loaded.config.stream.clone(), loaded.config.cdc.clone());
+    let (stream, config) = (loaded.config.stream.clone(), loaded.cdc());
     // The tables to capture must be there before the publication is made; where our bank runs we know who makes them.
     let ground = ground(loaded);
     let ours = ground != bank::Ground::Foreign && loaded.config.bank.enabled;

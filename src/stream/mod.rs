@@ -5,6 +5,7 @@ use std::{fmt, num::NonZeroU32, sync::Arc};
 use bytes::Bytes;
 
 pub mod consumer;
+pub mod follow;
 pub mod producer;
 pub mod records;
 pub mod tail;
