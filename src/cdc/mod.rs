@@ -27,6 +27,7 @@ mod ledger;
 mod moments;
 mod native;
 mod pgoutput;
+mod prepare;
 mod progress;
 mod sending;
 mod slot;
@@ -39,7 +40,7 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    admin::{Removal, SnapshotState, Standing, remove, standing},
+    admin::{Applied, Removal, SlotStep, SnapshotState, Standing, apply, remove, standing},
     error::{Error, Poison},
     native::run,
     progress::{LaneEnd, SnapshotEnds, snapshot_ends},

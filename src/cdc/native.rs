@@ -24,6 +24,7 @@ use super::{
     error::Error,
     health::{self, Health},
     heartbeat::{self, Memory, Position},
+    prepare,
     progress::{LaneEnd, Store},
     sending::Flow,
     slot::{self, Replication, Start},
@@ -37,11 +38,7 @@ use crate::{
     fault::{Backoff, Diagnose as _, Fault, chain},
     secret::Secret,
     stage::{Control, Phase},
-    stream::{
-        self,
-        producer::Producer,
-        topics::{self, Wanted},
-    },
+    stream::{self, producer::Producer, topics},
 };
 
 const RETRY_FIRST: Duration = Duration::from_millis(200);
@@ -181,7 +178,7 @@ impl Capture {
         let start = slot::decide(&name, &self.source.database, found.as_ref(), progress.as_ref())?;
         let tables = self.publish(&mut connection, &tables, &start).await?;
         let asking = topics::Topics::connect(&self.bootstrap_servers)?;
-        self.ensure_topics(&asking, &tables).await?;
+        prepare::ensure_topics(&asking, &self.topics, &tables, self.partitions).await?;
         let producer = Arc::new(Producer::new(&self.bootstrap_servers)?);
         let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
         let (client, snapshot, confirmed, last_commit) = match start {
@@ -191,7 +188,7 @@ impl Capture {
             }
             Start::Fresh | Start::Over => {
                 if start == Start::Over {
-                    tracing::warn!(slot = name, "the snapshot was cut short, starting over");
+                    tracing::warn!(slot = name, "no snapshot was finished with this slot, starting over");
                     slot::drop_slot(&mut connection, &name).await?;
                 }
                 let (client, snapshot) = self.begin(&mut store, &asking, &producer, &mut envelope, &tables, control).await?;
@@ -217,39 +214,12 @@ impl Capture {
 
     /// Makes or completes the publication. The tables that are captured: a pattern's table that cannot be is left out and told.
     async fn publish(&mut self, connection: &mut sqlx::PgConnection, wanted: &BTreeSet<TableId>, start: &Start) -> Result<BTreeSet<TableId>, Error> {
-        let publication = &self.config.publication;
-        let resuming = matches!(start, Start::Resume { .. });
-        let Some(published) = catalog::published(connection, publication).await? else {
-            if resuming {
-                return Err(Error::PublicationMissing { publication: publication.clone() });
-            }
-            catalog::create_publication(connection, publication, wanted).await?;
-            return Ok(wanted.clone());
-        };
-        let mut captured = wanted.clone();
-        let mut uncaptured = Vec::new();
-        for table in wanted.difference(&published) {
-            // Before the slot exists no change is missed; afterwards only a table without rows can join.
-            let rows_are_missed = resuming && self.config.snapshot == SnapshotMode::Initial;
-            if !catalog::publish(connection, publication, table, rows_are_missed).await? {
-                if self.config.tables.contains(&table.to_string()) {
-                    return Err(Error::Uncaptured { table: table.to_string(), publication: publication.clone() });
-                }
-                tracing::warn!(%table, "left out: it has rows from before it was captured");
-                captured.remove(table);
-                uncaptured.push(table.to_string());
-            }
+        let published = prepare::publish(connection, &self.config, wanted, start, false).await?;
+        for table in &published.uncaptured {
+            tracing::warn!(%table, "left out: it has rows from before it was captured");
         }
-        self.stats.uncaptured = uncaptured;
-        Ok(captured)
-    }
-
-    async fn ensure_topics(&self, asking: &topics::Topics, tables: &BTreeSet<TableId>) -> Result<(), Error> {
-        let single = [self.topics.boundaries(), self.topics.heartbeat(), self.topics.dead_letters(), format!("{}.message", self.topics.prefix())];
-        let single = single.into_iter().map(|topic| Wanted { topic, partitions: NonZeroU32::MIN });
-        let by_table = tables.iter().map(|it| Wanted { topic: self.topics.table(it), partitions: self.partitions });
-        asking.ensure(single.chain(by_table).collect()).await?;
-        Ok(asking.require_single(&self.topics.boundaries()).await?)
+        self.stats.uncaptured = published.uncaptured;
+        Ok(published.captured)
     }
 
     /// Asks the heartbeat topic whether the slot stands where we left it; the commit before its position.
@@ -276,10 +246,8 @@ impl Capture {
         tables: &BTreeSet<TableId>,
         control: &Control<Stats>,
     ) -> Result<(Replication, Lsn), Error> {
-        store.begin(&self.config.slot).await?;
         self.tell(control, Step::Snapshot, Some("the slot is being made; it waits for transactions that are open on the source".to_owned()));
-        let made = slot::create(&self.source, &self.config.slot, &self.config.publication).await?;
-        store.made(made.consistent_point).await?;
+        let made = prepare::make_slot(store, &self.source, &self.config).await?;
         let mut ends = Vec::new();
         if self.config.snapshot == SnapshotMode::Initial {
             tracing::info!(tables = tables.len(), lsn = %made.consistent_point, "taking the snapshot");

@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 pub mod consumer;
 pub mod producer;
+pub mod range;
 pub mod records;
 pub mod tail;
 pub mod topics;
