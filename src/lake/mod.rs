@@ -39,7 +39,7 @@ mod verify;
 
 pub use batch::Limits;
 pub use dead::{Dead, DeadLetter, Identity};
-pub use encode::{Decoded, Row, rows};
+pub use encode::{Decoded, Row, refusal, rows};
 pub use error::Error;
 pub use list::{LaneListing, TableListing, list, read};
 pub use stats::{LaneStats, NewObject, Stats, TableStats};

@@ -1,5 +1,6 @@
 //! The capture on a real PostgreSQL, into a broker in memory.
 
+mod applying;
 mod bytes;
 mod days;
 mod house;

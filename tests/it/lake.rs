@@ -1,5 +1,6 @@
 //! The lake on a real store and a real Kafka protocol: exactly once, under kills, races, rebalances and outages.
 
+mod dead_letters;
 mod house;
 
 use std::sync::atomic::Ordering;

@@ -17,8 +17,8 @@ use crate::{
     cdc::{
         catalog,
         error::Error,
-        ground,
         health::{self, Health},
+        prepare,
         progress::{Progress, Store},
         slot::{self, Slot},
         stats::Stats,
@@ -83,11 +83,11 @@ impl Capture {
         if start == Start::Resume && self.rest.offset(self.name()).await?.is_none() {
             return Err(Error::OffsetsMissing { connector: self.name().to_owned() });
         }
-        let published = ground::publish(&mut connection, &self.config, &wanted, start != Start::Fresh).await?;
+        let published = prepare::publish(&mut connection, &self.config, &wanted, start != Start::Fresh, false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
         let asking = topics::Topics::connect(&self.bootstrap_servers)?;
-        ground::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
+        prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         // Before the connector writes: what it does now is counted from its first record on.
         let follower = self.follow(&asking, &tables, start != Start::Resume).await?;
         self.register(&mut connection, &mut store, start, slot.as_ref(), registered.as_ref(), &tables).await?;

@@ -13,10 +13,11 @@ use std::{
 
 use ledgerline::{
     cdc::{self, Config, SnapshotMode, Step},
+    dlq::{Letter, Origin},
     embedded::kafka,
     secret::Secret,
     stage::Phase,
-    stream::topics::Topics,
+    stream::{range::Kept, topics::Topics},
 };
 use serde_json::Value;
 use sqlx::{Connection as _, PgConnection};
@@ -271,6 +272,11 @@ async fn a_value_that_cannot_be_written_goes_to_the_dead_letters_and_nobody_wait
     let letter = parsed(&letters[0]).expect("a letter");
     assert_eq!((letter["table"].as_str(), letter["op"].as_str()), (Some("terms"), Some("c")));
     assert!(letter["reason"].as_str().is_some_and(|it| it.contains("lasts")) && letter["lsn"].is_u64() && letter["bytes"].is_string());
+    // As `dlq` reads it: the bytes are those PostgreSQL sent for the row, an Insert.
+    let record = Kept { partition: 0, offset: 0, timestamp_ms: None, key: None, value: letters[0].value.clone().map(Into::into), headers: Vec::new() };
+    let Letter { origin: Origin::Capture { table: Some(table), op, bytes, .. }, .. } = Letter::read(&record) else { panic!("{letter}") };
+    assert_eq!((table.to_string().as_str(), op.as_str(), bytes[0]), ("public.terms", "c", b'I'));
+    assert!(bytes.windows(8).any(|it| it == b"infinity"), "{bytes:?}");
     let arrived: Vec<i64> = broker.read("bank.public.terms").iter().filter_map(parsed).filter_map(|it| it["after"]["id"].as_i64()).collect();
     assert_eq!(arrived, [1, 3]);
     let end = broker.read("bank.transaction").iter().filter_map(parsed).find(|it| it["status"] == "END").expect("an END");
