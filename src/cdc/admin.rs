@@ -135,6 +135,14 @@ pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Resul
     })
 }
 
+/// Whether the source keeps changes for the capture from now on.
+pub async fn has_slot(source: &Secret, config: &Config) -> Result<bool, Error> {
+    let mut connection = Source::new(source)?.connect().await?;
+    let found = slot::find(&mut connection, &config.slot).await?;
+    let _ = connection.close().await;
+    Ok(found.is_some())
+}
+
 /// Drops slot and publication. With `dry_run` only says what there is. A slot that somebody reads is refused.
 ///
 /// The row about the snapshot stays: whoever starts a capture into the same topics again must hear that changes are missing.

@@ -40,7 +40,7 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    admin::{Applied, Removal, SlotStep, SnapshotState, Standing, apply, remove, standing},
+    admin::{Applied, Removal, SlotStep, SnapshotState, Standing, apply, has_slot, remove, standing},
     error::{Error, Poison},
     native::run,
     progress::{LaneEnd, SnapshotEnds, snapshot_ends},
