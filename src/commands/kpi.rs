@@ -86,7 +86,7 @@ async fn compare(loaded: &Loaded, reach: &super::Reach) -> Result<Report, Failur
     let addresses = &reach.addresses;
     let topics = Topics::new(loaded.config.cdc.topic_prefix.clone());
     let warehouse = Postgres::connect(&addresses.warehouse).await.map_err(failure)?;
-    let store = lake::Store::connect(&addresses.lake).await.map_err(|error| Failure::from_error(&error))?;
+    let store = lake::Store::open(&addresses.lake).await.map_err(|error| Failure::from_error(&error))?;
     let mark = reconcile::mark(&addresses.source).await.map_err(failure)?;
     let runs = stages_run(loaded).await;
     let settle = async || reconcile::settle(&mark, &addresses.source, &store, &warehouse, &topics, !runs).await.map_err(failure);

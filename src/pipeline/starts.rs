@@ -199,10 +199,15 @@ pub(super) fn mail(loaded: &Loaded, data_dir: &DataDir, services: &Services, con
     Box::new(move || {
         let outbox = notify::Outbox::new(&state, &config);
         let (carrier, control) = (notify::Carrier::new(&config, &folder), control.clone());
-        Box::pin(async move { Ok(notify::run(outbox, carrier, control).await?) })
+        Box::pin(async move { Ok(notify::run(outbox, carrier?, control).await?) })
     })
 }
 
 fn mail_config(loaded: &Loaded) -> notify::Config {
-    notify::Config { password: loaded.secrets.mail_password.clone(), ..loaded.config.mail.clone() }
+    let mut config = notify::Config { password: loaded.secrets.mail_password.clone(), ..loaded.config.mail.clone() };
+    // Empty stays empty: the system's authorities alone.
+    if !config.ca_file.as_os_str().is_empty() {
+        config.ca_file = loaded.base.join(&config.ca_file);
+    }
+    config
 }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     dag::{RunState, TaskState},
     embedded,
+    notify::MailState,
     stage::Phase,
     units::grouped,
 };
@@ -40,9 +41,12 @@ const CUT_LATE_SECONDS: i64 = 120;
 /// WAL kept back for the slot beyond this is worth a word.
 const WAL_LATE_BYTES: u64 = 256 << 20;
 
+/// A mail that has waited for longer than this is worth a word.
+const MAIL_LATE_SECONDS: i64 = 60;
+
 pub fn verdict(now: &Snapshot) -> Verdict {
     // Causes stand before what follows from them: of two that are as urgent, the first is said.
-    let truths = [stopped_stage, stopped_lane, wrong_books, failed_task, ailing_service, waiting_stage, stale_stage, late, paused, preparing];
+    let truths = [stopped_stage, stopped_lane, wrong_books, failed_task, ailing_service, waiting_stage, stale_stage, late, waiting_mail, paused, preparing];
     let urgent = truths.iter().rev().filter_map(|truth| truth(now)).max_by_key(|verdict| verdict.level);
     urgent.unwrap_or_else(|| all_well(now))
 }
@@ -153,6 +157,14 @@ fn late(now: &Snapshot) -> Option<Verdict> {
         return late_because(format!("KPIs stand still: as of {}, {} old, and money moves", clock(cut.committed_at), ago(now.at, cut.committed_at)));
     }
     None
+}
+
+/// A server that is busy for a moment is nobody's business.
+fn waiting_mail(now: &Snapshot) -> Option<Verdict> {
+    let oldest = now.mail.newest.iter().filter(|it| it.state == MailState::Waiting).map(|it| it.recorded_at).min()?;
+    let why = now.mail.away.as_ref().filter(|_| (now.at - oldest).num_seconds() > MAIL_LATE_SECONDS)?;
+    let letters = if now.mail.waiting == 1 { "1 mail waits".to_owned() } else { format!("{} mails wait", grouped(now.mail.waiting)) };
+    late_because(format!("{letters} for {}: {why} · :mail", ago(now.at, oldest)))
 }
 
 fn preparing(now: &Snapshot) -> Option<Verdict> {

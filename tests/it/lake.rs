@@ -2,6 +2,7 @@
 
 mod dead_letters;
 mod house;
+mod store;
 
 use std::sync::atomic::Ordering;
 

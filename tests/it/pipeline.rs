@@ -88,6 +88,10 @@ fn single_commands_find_the_services_that_somebody_else_holds() {
     assert_eq!(bank.json(&["kpi", "--json"])["kpis"], kpis);
     bank.succeeds(&["reconcile"]);
     bank.succeeds(&["lake", "verify"]);
+    let applied = bank.json(&["cdc", "apply", "--json"]);
+    assert!(applied["unchanged"] == true && applied["slot_step"] == "kept", "{applied}");
+    assert_eq!(bank.json(&["dlq", "list", "--json"])["held"], 0);
+    assert!(bank.refusal(&["dlq", "replay", "7", "--dry-run"], 2).contains("no letter at offset 7"));
     let refused = bank.refusal(&["dag", "trigger", "MinIO_S3_to_Snowflake"], 2);
     assert!(refused.contains("scheduler is not hosted by this process"), "{refused}");
     services.end();

@@ -15,7 +15,7 @@ use ledgerline::{
     embedded::s3,
     kpi,
     lake::{
-        Access, Store,
+        Access, Addressing, Store,
         batch::Sealed,
         encode::encode,
         log::{self, CommitRecord, SCHEMA, append, sha256_hex},
@@ -112,6 +112,7 @@ impl House {
             endpoint: Some(s3.endpoint()),
             region: "us-east-1".to_owned(),
             bucket: "lake".to_owned(),
+            addressing: Addressing::Auto,
             access_key_id: "someone".to_owned(),
             secret_access_key: Secret::new("something"),
         };
@@ -244,7 +245,7 @@ impl Refresh {
         let (dags, control) = stage::control(dag::Stats::default(), Phase::Running, &stop);
         let engine = tokio::spawn(dag::run(deal, History::new(&house.state.url), inbox, control));
         let (mails, control) = stage::control(notify::Stats::default(), Phase::Running, &stop);
-        let carrier = Carrier::new(&mail_config, &house.dir.path().join("mail"));
+        let carrier = Carrier::new(&mail_config, &house.dir.path().join("mail")).unwrap();
         let postman = tokio::spawn(notify::run(outbox, carrier, control));
         let mut ready = dags.stats.clone();
         timeout(PATIENCE, ready.wait_for(|it| !it.dags.is_empty() && it.away.is_none())).await.unwrap().unwrap();

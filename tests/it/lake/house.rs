@@ -16,7 +16,7 @@ use ledgerline::{
         kafka::{self, Broker},
         s3::{self, Server},
     },
-    lake::{self, Access, Config, Error, Options, Proof, Stats, Store},
+    lake::{self, Access, Addressing, Config, Error, Options, Proof, Stats, Store},
     secret::Secret,
     stage::{self, Handle, Phase},
     units::Span,
@@ -124,6 +124,7 @@ pub(crate) fn access(endpoint: Url) -> Access {
         endpoint: Some(endpoint),
         region: "us-east-1".into(),
         bucket: "lake".into(),
+        addressing: Addressing::Auto,
         access_key_id: "lake-test".into(),
         secret_access_key: Secret::new("lake-test-secret"),
     }

@@ -8,7 +8,7 @@ use ledgerline::{
     change::Topics,
     embedded::s3,
     lake::{
-        self, Access, Store,
+        self, Access, Addressing, Store,
         batch::Sealed,
         encode::encode,
         log::{Appended, CommitRecord, SCHEMA, append, sha256_hex},
@@ -86,6 +86,7 @@ impl Ground {
             endpoint: Some(server.endpoint()),
             region: "us-east-1".to_owned(),
             bucket: "lake".to_owned(),
+            addressing: Addressing::Auto,
             access_key_id: "someone".to_owned(),
             secret_access_key: Secret::new("something"),
         };
