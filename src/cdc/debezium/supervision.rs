@@ -183,8 +183,12 @@ impl Capture {
         if slot.health.active {
             watch.slot_read = Instant::now();
         }
-        self.stats.confirmed_lsn = slot.health.confirmed_flush_lsn;
-        self.stats.lag_bytes = self.stats.source_lsn.0.saturating_sub(self.stats.confirmed_lsn.0);
+        let confirmed = slot.health.confirmed_flush_lsn;
+        self.stats.lag_bytes = self.stats.source_lsn.0.saturating_sub(confirmed.0);
+        // A slot begins beyond the rows that its snapshot has yet to bring to the broker.
+        if open.snapshot.is_none() {
+            self.stats.confirmed_lsn = confirmed;
+        }
         self.stats.slot = Some(slot.health);
         self.nudge_if_quiet(open, watch);
         Ok(())
