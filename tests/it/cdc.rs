@@ -1,6 +1,7 @@
 //! The capture on a real PostgreSQL, into a broker in memory.
 
 mod bytes;
+mod contract;
 mod days;
 mod house;
 mod refusals;

@@ -39,7 +39,7 @@ const RESTART_MAX: Duration = Duration::from_secs(30);
 /// A connector that ran so long has recovered.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 /// A connector that Connect does not know for so long is gone.
-const GONE_AFTER: Duration = Duration::from_secs(10);
+const GONE_AFTER: Duration = Duration::from_secs(30);
 /// Slot and source are sampled every two seconds.
 const SOURCE_SILENT_AFTER: Duration = Duration::from_secs(8);
 /// Debezium takes a moment to the slot, and lets go of it for one when it reconnects.
