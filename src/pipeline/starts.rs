@@ -86,14 +86,13 @@ fn ground(loaded: &Loaded) -> bank::Ground {
 pub(super) fn cdc(loaded: &Loaded, services: &Services, control: stage::Control<cdc::Stats>) -> Start {
     let addresses = services.addresses.clone();
     let (stream, config) = (loaded.config.stream.clone(), loaded.cdc());
-    // The tables to capture must be there before the publication is made; where our bank runs we know who makes them.
-    let ground = ground(loaded);
-    let ours = ground != bank::Ground::Foreign && loaded.config.bank.enabled;
+    // The tables to capture must be there before the publication is made; where the bank runs we know who makes them.
+    let ground = loaded.config.bank.enabled.then(|| ground(loaded)).filter(|it| *it != bank::Ground::Foreign);
     Box::new(move || {
         let (source, state, kafka) = (addresses.source.clone(), addresses.state.clone(), addresses.kafka.clone());
         let (stream, config, control) = (stream.clone(), config.clone(), control.clone());
         Box::pin(async move {
-            if ours {
+            if let Some(ground) = ground {
                 bank::prepare(&source, ground).await?;
             }
             Ok(cdc::run(source, state, kafka, stream, config, control).await?)

@@ -105,8 +105,11 @@ fn waiting_stage(now: &Snapshot) -> Option<Verdict> {
         let kafka = now.lake.kafka_trouble.as_ref().map(|why| format!("lake: Kafka away: {why}"));
         let bank = now.bank.waiting.as_ref().map(|why| format!("bank waits: {why}"));
         let dag = now.dag.away.as_ref().map(|why| format!("scheduler waits: {why}"));
-        let broker = now.cdc.broker_away.then(|| format!("cdc: Kafka away · {} messages wait", grouped(now.cdc.queued)));
-        lake.or(kafka).or(broker).or(bank).or(dag)
+        let waiting = if now.cdc.connector.is_some() { "its connector waits".to_owned() } else { format!("{} messages wait", grouped(now.cdc.queued)) };
+        let broker = now.cdc.broker_away.then(|| format!("cdc: Kafka away · {waiting}"));
+        // Who reads the WAL elsewhere does not fail here; what it waits for is all there is to say.
+        let connector = now.cdc.connector.as_ref().and(now.cdc.waiting_for.as_ref()).map(|what| format!("cdc waits for {what}"));
+        lake.or(kafka).or(connector).or(broker).or(bank).or(dag)
     };
     late_because(said.or_else(within)?)
 }

@@ -2,6 +2,7 @@
 
 mod applying;
 mod bytes;
+mod contract;
 mod days;
 mod house;
 mod refusals;

@@ -80,9 +80,6 @@ impl Capture {
         }
         let slot = slot::find(&mut connection, &self.config.slot).await?;
         let start = self.decide(registered.as_ref(), slot.as_ref(), progress.as_ref())?;
-        if start == Start::Resume && self.rest.offset(self.name()).await?.is_none() {
-            return Err(Error::OffsetsMissing { connector: self.name().to_owned() });
-        }
         let published = prepare::publish(&mut connection, &self.config, &wanted, start != Start::Fresh, false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
@@ -92,6 +89,10 @@ impl Capture {
         let follower = self.follow(&asking, &tables, start != Start::Resume).await?;
         self.register(&mut connection, &mut store, start, slot.as_ref(), registered.as_ref(), &tables).await?;
         store.close().await;
+        // The offsets outlive a connector that somebody deleted; without them Debezium would read everything again.
+        if start == Start::Resume && self.rest.offset(self.name()).await?.is_none() {
+            return Err(Error::OffsetsMissing { connector: self.name().to_owned() });
+        }
         if *control.wanted.borrow() == Phase::Running {
             self.rest.resume(self.name()).await?;
         }

@@ -58,18 +58,18 @@ async fn finish((stop, writing): (Arc<AtomicBool>, JoinHandle<()>)) {
 }
 
 /// What the table holds: id → amount.
-async fn held(database: &Database) -> BTreeMap<i64, String> {
+pub(super) async fn held(database: &Database) -> BTreeMap<i64, String> {
     let rows: Vec<(i64, String)> = sqlx::query_as("select id, amount::text from payments").fetch_all(&mut database.connect().await).await.expect("rows");
     rows.into_iter().collect()
 }
 
-fn parsed(record: &Read) -> Option<Value> {
+pub(super) fn parsed(record: &Read) -> Option<Value> {
     record.value.as_ref().map(|it| serde_json::from_str(it).expect("JSON"))
 }
 
 /// What a reader of the topic holds after all its events, and how many distinct changes it saw. A change that comes again
 /// must be the same bytes but for the times.
-fn replayed(records: &[Read]) -> (BTreeMap<i64, String>, usize) {
+pub(super) fn replayed(records: &[Read]) -> (BTreeMap<i64, String>, usize) {
     let mut rows = BTreeMap::new();
     let mut seen: HashMap<(String, String, String, String), String> = HashMap::new();
     for record in records {

@@ -36,17 +36,24 @@ fn server() -> String {
 pub(super) struct Database {
     pub(super) name: String,
     pub(super) url: Secret,
+    /// The server it lies on, by another database of it.
+    server: String,
 }
 
 impl Database {
     pub(super) async fn create(test: &str) -> Self {
+        Self::create_on(&server(), test).await
+    }
+
+    /// On another server, of a superuser.
+    pub(super) async fn create_on(server: &str, test: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("cdc_{test}_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let mut admin = PgConnection::connect(&server()).await.expect("the test server runs");
+        let mut admin = PgConnection::connect(server).await.expect("the test server runs");
         sqlx::raw_sql(AssertSqlSafe(format!("create database {name} template template0"))).execute(&mut admin).await.expect("a new database");
-        let mut url = url::Url::parse(&server()).expect("an address");
+        let mut url = url::Url::parse(server).expect("an address");
         url.set_path(&name);
-        Self { name, url: Secret::new(url) }
+        Self { name, url: Secret::new(url), server: server.to_owned() }
     }
 
     pub(super) async fn connect(&self) -> PgConnection {
@@ -89,11 +96,11 @@ async fn run_each(connection: &mut PgConnection, script: &str) {
 
 impl Drop for Database {
     fn drop(&mut self) {
-        let name = self.name.clone();
+        let (name, server) = (self.name.clone(), self.server.clone());
         let dropping = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
             runtime.block_on(async move {
-                let Ok(mut admin) = PgConnection::connect(&server()).await else { return };
+                let Ok(mut admin) = PgConnection::connect(&server).await else { return };
                 for statement in [
                     format!("select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where database = '{name}' and active"),
                     format!("select pg_drop_replication_slot(slot_name) from pg_replication_slots where database = '{name}'"),
@@ -122,6 +129,11 @@ pub(super) struct Read {
 /// A broker in memory. It cannot create topics on request, so tests make theirs first.
 pub(super) struct Broker {
     pub(super) mock: MockCluster<'static, DefaultProducerContext>,
+    reader: Reader,
+}
+
+/// Reads topics of a broker, wherever it is.
+pub(super) struct Reader {
     consumer: BaseConsumer,
     /// Where reading goes on, by topic and partition.
     next: HashMap<(String, i32), i64>,
@@ -137,18 +149,35 @@ impl Broker {
         {
             mock.create_topic(&single, 1, 1).expect("a topic");
         }
+        let reader = Reader::start(&mock.bootstrap_servers());
+        Self { mock, reader }
+    }
+
+    pub(super) fn address(&self) -> String {
+        self.mock.bootstrap_servers()
+    }
+
+    /// As [`Reader::read_on`].
+    pub(super) fn read_on(&mut self, topic: &str) -> Vec<Read> {
+        self.reader.read_on(topic)
+    }
+
+    /// Everything a topic holds.
+    pub(super) fn read(&mut self, topic: &str) -> Vec<Read> {
+        self.reader.read(topic)
+    }
+}
+
+impl Reader {
+    pub(super) fn start(bootstrap_servers: &str) -> Self {
         let consumer = ClientConfig::new()
-            .set("bootstrap.servers", mock.bootstrap_servers())
+            .set("bootstrap.servers", bootstrap_servers)
             .set("group.id", "tests")
             .set("enable.auto.commit", "false")
             .set("fetch.wait.max.ms", "10")
             .create()
             .expect("a consumer");
-        Self { mock, consumer, next: HashMap::new() }
-    }
-
-    pub(super) fn address(&self) -> String {
-        self.mock.bootstrap_servers()
+        Self { consumer, next: HashMap::new() }
     }
 
     /// What a topic holds behind the last read of it, by partition and offset. What was acknowledged before the call is in it.
