@@ -18,7 +18,7 @@ const TOPIC: &str = "public.payments";
 #[tokio::test(flavor = "multi_thread")]
 async fn the_native_engine_keeps_the_contract_of_a_capture() {
     let database = Database::create("contract").await;
-    let broker = Broker::start(&database.name, &[TOPIC], 1);
+    let broker = Broker::start(&database, &[TOPIC], 1);
     let config = config(&database, &database.name);
     keeps_the_contract(&database, broker.address(), config).await;
 }
