@@ -5,12 +5,12 @@ use serde::Serialize;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
 use super::{
-    Config, Engine,
+    Config, Engine, debezium,
     error::Error,
     progress::{Progress, Store},
     slot::{self, Slot},
     source::{self, Source, quoted},
-    stats::SlotHealth,
+    stats::{Connector, SlotHealth},
 };
 use crate::{change::Lsn, secret::Secret};
 
@@ -18,6 +18,10 @@ use crate::{change::Lsn, secret::Secret};
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Standing {
     pub engine: Engine,
+    /// With Debezium; None where there is no such connector, or Connect cannot be asked.
+    pub connector: Option<Connector>,
+    /// Why the connector is not known.
+    pub connect_trouble: Option<String>,
     pub slot: String,
     pub publication: String,
     pub publication_exists: bool,
@@ -50,6 +54,8 @@ pub enum SnapshotState {
 /// What [`remove`] dropped, or would drop.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Removal {
+    /// With Debezium; its offsets go with it.
+    pub connector: Option<String>,
     pub slot: Option<String>,
     pub publication: Option<String>,
     /// WAL the source may remove once the slot is gone.
@@ -58,7 +64,8 @@ pub struct Removal {
 
 /// Reads how the capture stands from the source and the state database.
 pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Result<Standing, Error> {
-    let mut connection = Source::new(source)?.connect().await?;
+    let source = Source::new(source)?;
+    let mut connection = source.connect().await?;
     let found = slot::find(&mut connection, &config.slot).await?;
     let source_lsn = source::flushed_wal(&mut connection).await?;
     let publication_exists = publication_exists(&mut connection, &config.publication).await?;
@@ -66,8 +73,14 @@ pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Resul
     let mut store = Store::open(state, &config.topic_prefix).await?;
     let progress = store.read().await?;
     store.close().await;
+    let (connector, connect_trouble) = match config.engine {
+        Engine::Native => (None, None),
+        Engine::Debezium => debezium::admin::look(&source, config).await,
+    };
     Ok(Standing {
         engine: config.engine,
+        connector,
+        connect_trouble,
         slot: config.slot.clone(),
         publication: config.publication.clone(),
         publication_exists,
@@ -80,7 +93,16 @@ pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Resul
     })
 }
 
-/// Drops slot and publication. With `dry_run` only says what there is. A slot that somebody reads is refused.
+/// Whether the source keeps changes for the capture from now on.
+pub async fn has_slot(source: &Secret, config: &Config) -> Result<bool, Error> {
+    let mut connection = Source::new(source)?.connect().await?;
+    let found = slot::find(&mut connection, &config.slot).await?;
+    let _ = connection.close().await;
+    Ok(found.is_some())
+}
+
+/// Drops slot and publication, and before them the connector with its offsets. With `dry_run` only says what there is. A slot that
+/// somebody reads is refused.
 ///
 /// The row about the snapshot stays: whoever starts a capture into the same topics again must hear that changes are missing.
 pub async fn remove(source: &Secret, config: &Config, dry_run: bool) -> Result<Removal, Error> {
@@ -89,8 +111,22 @@ pub async fn remove(source: &Secret, config: &Config, dry_run: bool) -> Result<R
     let found = slot::find(&mut connection, &config.slot).await?;
     if let Some(found) = &found {
         slot::require_ours(&config.slot, &source.database, found)?;
-        slot::require_unread(&mut connection, &config.slot, found).await?;
     }
+    let connector = match config.engine {
+        Engine::Native => None,
+        // It reads the slot, so it goes first; the slot is let go of a moment later.
+        Engine::Debezium => debezium::admin::remove(&source, config, dry_run).await?,
+    };
+    let found = match connector {
+        Some(_) if !dry_run => slot::wait_until_free(&mut connection, &config.slot, drop).await?,
+        Some(_) => found,
+        None => {
+            if let Some(found) = &found {
+                slot::require_unread(&mut connection, &config.slot, found).await?;
+            }
+            found
+        }
+    };
     let source_lsn = source::flushed_wal(&mut connection).await?;
     let published = publication_exists(&mut connection, &config.publication).await?;
     if !dry_run {
@@ -105,6 +141,7 @@ pub async fn remove(source: &Secret, config: &Config, dry_run: bool) -> Result<R
     }
     let _ = connection.close().await;
     Ok(Removal {
+        connector,
         wal_freed_bytes: found.as_ref().map_or(0, |it| wal_kept(it, source_lsn)),
         slot: found.map(|_| config.slot.clone()),
         publication: published.then(|| config.publication.clone()),

@@ -40,7 +40,7 @@ async fn status(loaded: &Loaded, output: &Output) -> Result<Exit, Failure> {
     let interrupted = super::interrupts();
     let mut reach = super::Reach::take(loaded, Needs::POSTGRES, &interrupted).await?;
     let asked = async {
-        let standing = cdc::standing(&reach.addresses.source, &reach.addresses.state, &loaded.config.cdc).await;
+        let standing = cdc::standing(&reach.addresses.source, &reach.addresses.state, &loaded.cdc()).await;
         let standing = standing.map_err(|error| Failure::from_error(&error))?;
         let running = match reach.owner.take() {
             Some(owner) => {
@@ -68,6 +68,12 @@ async fn status(loaded: &Loaded, output: &Output) -> Result<Exit, Failure> {
 fn shown(status: &Status) -> String {
     let Standing { slot, publication, health, source_lsn, .. } = &status.standing;
     let mut text = format!("engine       {}\n", status.standing.engine.as_str());
+    if let Some(connector) = &status.standing.connector {
+        text += &format!("connector    {} · {}\n", connector.name, connector.shown());
+    }
+    if let Some(trouble) = &status.standing.connect_trouble {
+        text += &format!("connector    not known: {trouble}\n");
+    }
     text += &match &status.running {
         Some(stats) => format!("capture      {}{}\n", stats.step.as_str(), if stats.phase == Phase::Paused { " · paused" } else { "" }),
         None => "capture      not running on this data dir\n".to_owned(),
@@ -98,7 +104,7 @@ fn shown(status: &Status) -> String {
 }
 
 async fn remove(loaded: &Loaded, flags: &cli::Remove) -> Result<Exit, Failure> {
-    let config = &loaded.config.cdc;
+    let config = &loaded.cdc();
     let interrupted = super::interrupts();
     // A pipeline that runs on it is told here, with its pid.
     let data_dir = super::take_data_dir(&loaded.data_dir())?;
@@ -106,7 +112,7 @@ async fn remove(loaded: &Loaded, flags: &cli::Remove) -> Result<Exit, Failure> {
     let removing = async {
         let source = &services.addresses.source;
         let found = cdc::remove(source, config, true).await.map_err(|error| Failure::from_error(&error))?;
-        let nothing = found.slot.is_none() && found.publication.is_none();
+        let nothing = found.slot.is_none() && found.publication.is_none() && found.connector.is_none();
         if flags.dry_run || nothing {
             return Ok(Report { schema: 1, removal: found, removed: false });
         }
@@ -134,13 +140,14 @@ async fn remove(loaded: &Loaded, flags: &cli::Remove) -> Result<Exit, Failure> {
 fn named(removal: &Removal) -> String {
     let slot = removal.slot.as_ref().map(|it| format!("slot {it} (it keeps {} of WAL)", bytes_for_people(removal.wal_freed_bytes)));
     let publication = removal.publication.as_ref().map(|it| format!("publication {it}"));
-    slot.into_iter().chain(publication).collect::<Vec<_>>().join(" and ")
+    let connector = removal.connector.as_ref().map(|it| format!("connector {it} with its offsets"));
+    connector.into_iter().chain(slot).chain(publication).collect::<Vec<_>>().join(" and ")
 }
 
 fn told(report: &Report) -> String {
     let what = named(&report.removal);
     match (what.is_empty(), report.removed) {
-        (true, _) => "there is neither slot nor publication\n".to_owned(),
+        (true, _) => "there is nothing to remove\n".to_owned(),
         (false, false) => format!("would drop {what}\n"),
         (false, true) => format!(
             "dropped {what}\nChanges from now on are missing in the topics: to capture again choose a new cdc.topic_prefix, or begin anew with `ledgerline reset`.\n"

@@ -1,5 +1,7 @@
 //! `dag …`: runs and tasks, from the run history; orders go to the engine that runs, or to one started for the order.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 use crate::{
@@ -162,15 +164,20 @@ async fn order(loaded: &Loaded, command: Command, output: &Output) -> Result<Exi
     let mode = Mode { goal: bank::Goal::Forever, rate: bank::Rate::default(), schedule: Schedule::Never };
     let pipeline =
         Pipeline::start(loaded, data_dir, services, Parts { scheduler: true, ..Parts::NONE }, mode).await.map_err(|error| Failure::from_error(&error))?;
+    let grace = *loaded.config.startup_grace;
     let outcome = tokio::select! {
-        outcome = carried_out(&pipeline, &dag_id, command, output) => outcome,
+        outcome = carried_out(&pipeline, &dag_id, command, grace, output) => outcome,
         () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted; the run goes on with the next start")),
     };
     pipeline.stop().await;
     outcome
 }
 
-async fn carried_out(pipeline: &Pipeline, dag_id: &str, command: Command, output: &Output) -> Result<Exit, Failure> {
+async fn carried_out(pipeline: &Pipeline, dag_id: &str, command: Command, grace: Duration, output: &Output) -> Result<Exit, Failure> {
+    tokio::time::timeout(grace, pipeline.scheduled()).await.unwrap_or_else(|_| {
+        let why = pipeline.snapshots().borrow().dag.away.clone().unwrap_or_else(|| "it does not answer".to_owned());
+        Err(Failure::new(Exit::Away, format!("the state database is away: {why}")).with_remedy("see whether the server of state.url runs"))
+    })?;
     let reply = pipeline.commander().ask(command).await;
     let answered = said(&reply, output)?;
     let Some(run_id) = reply.run_id else { return Ok(answered) };

@@ -10,7 +10,7 @@ use crate::{
     config::Loaded,
     exit::{Exit, Failure},
     headless, kpi, lake,
-    pipeline::services::Needs,
+    pipeline::{data_dir, services::Needs, socket::Client},
     warehouse::{
         Cut,
         postgres::Postgres,
@@ -20,6 +20,8 @@ use crate::{
 
 /// How long a reconciliation waits for the cut to pass its mark: a few scheduled runs.
 const COVERED_WITHIN: Duration = Duration::from_secs(120);
+/// Looked at so often meanwhile, whether or not it has.
+const SETTLE_EVERY: Duration = Duration::from_secs(10);
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -73,7 +75,13 @@ pub(super) async fn reconcile(loaded: &Loaded, output: Output) -> Result<Exit, F
     Ok(if report.ok { Exit::Right } else { Exit::Data })
 }
 
-/// Marks the source now and compares once the warehouse has come that far; with nothing running, as far as it is.
+/// Whether somebody's stages may still bring what the source holds; services alone stand still.
+async fn stages_run(loaded: &Loaded) -> bool {
+    let Some(owner) = Client::connect(&data_dir::socket_path(&loaded.data_dir())).await else { return false };
+    owner.watch().await.is_ok_and(|(snapshots, _reading)| !snapshots.borrow().stages.is_empty())
+}
+
+/// Marks the source now and compares until all is equal, or the warehouse has come that far; with nothing running, as far as it is.
 async fn compare(loaded: &Loaded, reach: &super::Reach) -> Result<Report, Failure> {
     let failure = |error: crate::warehouse::Error| Failure::from_error(&error);
     let addresses = &reach.addresses;
@@ -81,10 +89,17 @@ async fn compare(loaded: &Loaded, reach: &super::Reach) -> Result<Report, Failur
     let warehouse = Postgres::connect(&addresses.warehouse).await.map_err(failure)?;
     let store = lake::Store::connect(&addresses.lake).await.map_err(|error| Failure::from_error(&error))?;
     let mark = reconcile::mark(&addresses.source).await.map_err(failure)?;
-    let runs = reach.owner.is_some();
+    let runs = stages_run(loaded).await;
+    let settle = async || reconcile::settle(&mark, &addresses.source, &store, &warehouse, &topics, !runs).await.map_err(failure);
     let deadline = tokio::time::Instant::now() + COVERED_WITHIN;
-    while runs && !reconcile::is_covered(&mark, &warehouse).await.map_err(failure)? && tokio::time::Instant::now() < deadline {
-        tokio::time::sleep(Duration::from_millis(250)).await;
+    // A bank that stands still brings no cut to the mark, but then all is equal at once.
+    let mut report = settle().await?;
+    while !report.ok && !report.covered && tokio::time::Instant::now() < deadline {
+        let next = tokio::time::Instant::now() + SETTLE_EVERY;
+        while !reconcile::is_covered(&mark, &warehouse).await.map_err(failure)? && tokio::time::Instant::now() < next {
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+        report = settle().await?;
     }
-    reconcile::settle(&mark, &addresses.source, &store, &warehouse, &topics, !runs).await.map_err(failure)
+    Ok(report)
 }

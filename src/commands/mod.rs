@@ -45,7 +45,7 @@ pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
     let loaded = config::load(global.config.as_deref(), std::env::vars(), &overrides).map_err(|error| Failure::usage(&error))?;
     if let Some((unknown, nearest)) = refresh::misspelt_task(&loaded.config.dag) {
         let text = format!("[dag.tasks.{unknown}] names no task, did you mean dag.tasks.{nearest}?");
-        return Err(Failure::new(Exit::Usage, text).with_remedy("`ledgerline dag show MinIO_S3_to_Snowflake` and the README name the tasks"));
+        return Err(Failure::new(Exit::Usage, text).with_remedy("`ledgerline dag show` names the tasks of a DAG"));
     }
     let log_format = global.log_format;
     let owns_logs = matches!(command, Command::Run(_) | Command::Generate(_) | Command::Sink(_) | Command::Scheduler(_) | Command::Attach(_))
@@ -138,7 +138,11 @@ impl Reach {
 }
 
 fn take_data_dir(root: &Path) -> Result<DataDir, Failure> {
-    DataDir::take(root).map_err(|error| match error {
+    held(DataDir::take(root))
+}
+
+fn held(taken: Result<DataDir, data_dir::Error>) -> Result<DataDir, Failure> {
+    taken.map_err(|error| match error {
         data_dir::Error::InUse { .. } => Failure::from_error(&error),
         _ => Failure::usage(&error),
     })
@@ -154,7 +158,7 @@ struct Limits<'a> {
 
 impl<'a> Limits<'a> {
     fn of(interrupted: &'a CancellationToken) -> Self {
-        Self { interrupted, deadline: None, strict: false }
+        Self { interrupted, deadline: None, strict: true }
     }
 
     async fn passed(&self) -> Failure {

@@ -44,6 +44,13 @@ pub(super) async fn run(loaded: &Loaded, flags: Run, log_format: LogFormat) -> R
         (false, Some(duration)) => Some(Goal::For(*duration)),
         (false, None) => None,
     };
+    if let Some(path) = &flags.summary {
+        // Better now than when all the work is done.
+        std::fs::File::options().create(true).append(true).open(path).map_err(|error| {
+            Failure::new(Exit::Usage, format!("could not write the summary {}: {error}", path.display()))
+                .with_remedy("name a file that you may write with --summary")
+        })?;
+    }
     let ends = Ends { goal, deadline: flags.deadline.map(|it| *it) };
     let started = std::time::Instant::now();
     let limits = Limits { interrupted: &interrupted, deadline: ends.deadline, strict: !console };

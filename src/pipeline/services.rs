@@ -85,6 +85,8 @@ pub enum Error {
     Postgres(#[from] postgres::Error),
     #[error("{key} is not an address: {why}")]
     Address { key: &'static str, why: String },
+    #[error("cdc.transaction_metadata is false, and without it nobody can tell whole payments from halves")]
+    NoBoundaries,
     #[error("no credentials for the lake at {endpoint}")]
     NoLakeCredentials { endpoint: String },
 }
@@ -98,6 +100,7 @@ impl Diagnose for Error {
             Self::Python(error) => error.fault(),
             Self::Postgres(error) => error.fault(),
             Self::Address { key, .. } => Fault::Operator(format!("correct {key}: \"embedded\", or an address with a scheme and a host")),
+            Self::NoBoundaries => Fault::Operator("set cdc.transaction_metadata = true, or run `ledgerline cdc` and `ledgerline sink` without dbt".to_owned()),
             Self::NoLakeCredentials { .. } => {
                 Fault::Operator("set LEDGERLINE__LAKE__ACCESS_KEY_ID and LEDGERLINE__LAKE__SECRET_ACCESS_KEY in the environment".to_owned())
             }
@@ -185,6 +188,9 @@ impl Services {
         }
         if needs.lake && config.lake.endpoint != EMBEDDED {
             external_lake(loaded)?;
+        }
+        if needs.dbt && !config.cdc.transaction_metadata {
+            return Err(Error::NoBoundaries);
         }
         match reach::external(config, needs).iter().find(|it| it.hosts.is_empty()) {
             Some(place) => Err(Error::Address { key: place.key, why: "it names no host".to_owned() }),
@@ -312,7 +318,7 @@ impl Services {
             state: self.addresses.state.reveal().to_owned(),
             kafka: self.addresses.kafka.clone(),
             s3: PrintedS3 {
-                endpoint: lake.endpoint.as_ref().map(ToString::to_string).unwrap_or_default(),
+                endpoint: lake.endpoint.as_ref().map(|it| it.as_str().trim_end_matches('/').to_owned()).unwrap_or_default(),
                 region: lake.region.clone(),
                 bucket: lake.bucket.clone(),
                 access_key_id: lake.access_key_id.clone(),
