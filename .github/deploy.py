@@ -46,7 +46,7 @@ def dbt_environment():
 
 
 def dbt(command, out, *arguments):
-    program = [sys.executable, "-m", "dbt.cli.main", "--no-version-check", "--no-use-colors", command]
+    program = [sys.executable, "-c", "from dbt.cli.main import cli; cli()", "--no-version-check", "--no-use-colors", command]
     places = ["--project-dir", ROOT / "dbt", "--profiles-dir", ROOT / "dbt", "--target-path", out, "--log-path", out / "logs"]
     return subprocess.run([*program, *places, *arguments], env=dbt_environment()).returncode
 
