@@ -75,10 +75,7 @@ pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
 }
 
 fn start_logs(front: Front, file: Option<&Path>) -> Result<Option<tracing_appender::non_blocking::WorkerGuard>, Failure> {
-    telemetry::start(front, file).map_err(|error| {
-        Failure::new(Exit::Usage, format!("could not open the log {}: {error}", file.unwrap_or(Path::new(".")).display()))
-            .with_remedy("choose a folder that you may write with --data-dir")
-    })
+    telemetry::start(front, file).map_err(|error| Failure::usage(&error))
 }
 
 async fn show_doctor(loaded: &Loaded, output: Output) -> Result<Exit, Failure> {
