@@ -102,15 +102,15 @@ pub fn start(front: Front, file: Option<&Path>) -> Result<Option<WorkerGuard>, E
 /// From here on the rooms named speak at `debug` as well (`all`: every room of ours), in the file too; the others as at the start.
 pub fn hear(rooms: &[&str]) {
     let Some((text, handle)) = TURNED.get() else { return };
-    let mut louder = text.clone();
-    for room in rooms {
-        let target = if *room == "all" { "ledgerline".to_owned() } else { format!("ledgerline::{room}") };
-        let _ = write!(louder, ",{target}=debug");
-    }
-    match filter(&louder) {
+    match filter(&louder(text, rooms)) {
         Ok(filter) => drop(handle.reload(filter)),
         Err(error) => tracing::warn!(%error, "the log stays as it is"),
     }
+}
+
+fn louder(text: &str, rooms: &[&str]) -> String {
+    let of = |room: &&str| if *room == "all" { ",ledgerline=debug".to_owned() } else { format!(",ledgerline::{room}=debug") };
+    text.to_owned() + &rooms.iter().map(of).collect::<String>()
 }
 
 /// A filter in `tracing`'s syntax. A lone word that is no level would silently be a target that nobody has: refused.
@@ -196,6 +196,24 @@ mod tests {
         });
         let heard = heard.0.lock().unwrap().clone();
         assert_eq!(heard, ["try failed dag_id=D task_id=t try_number=2 error=\"connection refused\"", "asked by an operator command=Some(1)"]);
+    }
+
+    #[test]
+    fn a_room_that_is_asked_for_debug_speaks_at_debug_and_no_other() {
+        let heard = Heard::default();
+        let (turned, handle) = reload::Layer::new(filter(DEFAULT_FILTER).unwrap());
+        tracing::subscriber::with_default(Registry::default().with(turned).with(heard.clone()), || {
+            let say = || {
+                tracing::debug!(target: "ledgerline::lake::ship", "put");
+                tracing::debug!(target: "ledgerline::cdc", "sent");
+            };
+            say();
+            handle.reload(filter(&louder(DEFAULT_FILTER, &["lake"])).unwrap()).unwrap();
+            say();
+            handle.reload(filter(&louder(DEFAULT_FILTER, &[])).unwrap()).unwrap();
+            say();
+        });
+        assert_eq!(*heard.0.lock().unwrap(), ["put"]);
     }
 
     #[test]

@@ -26,6 +26,7 @@ use crate::{
     },
     refresh,
     telemetry::{self, Front},
+    tui,
 };
 
 mod attach;
@@ -212,8 +213,13 @@ fn terminal_gone(error: std::io::Error) -> Failure {
     Failure::new(Exit::Interrupted, format!("the terminal is gone: {error}"))
 }
 
-/// Says a line to the person at the terminal. One that has died is no reason to fall over: what runs is ended in order.
+/// Says a line to the person at the terminal; where the console is drawn there, in its log. One that has died is no reason to
+/// fall over: what runs is ended in order.
 pub fn tell(line: &str) {
+    if tui::has_terminal() {
+        tracing::info!("{line}");
+        return;
+    }
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 

@@ -49,6 +49,8 @@ use crate::{
     },
 };
 
+pub use term::has_terminal;
+
 use app::{App, Effect, Purpose};
 use screens::Scene;
 use term::Screen;
@@ -311,5 +313,14 @@ impl Console {
             app.columns = screens::columns(frame.area());
             screens::draw(frame, Scene { now, app, theme, log });
         })
+    }
+}
+
+#[cfg(test)]
+mod words {
+    #[test]
+    fn the_name_of_a_saved_log_stands_where_no_line_is_cut() {
+        let said = super::saved(123, std::path::Path::new("/a/very/long/folder/logs/console-2026-11-22T12-03-04.000.txt"));
+        assert!(said.starts_with("console-2026-11-22T12-03-04.000.txt has 123 lines"), "{said}");
     }
 }

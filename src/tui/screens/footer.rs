@@ -40,24 +40,31 @@ pub(super) fn line(scene: Scene, width: u16) -> Line<'static> {
     )
 }
 
-/// The hints that have room, in the order of the table; in short words where they would not all fit. The way out comes first
-/// when room is given away.
+/// The hints that have room, in the order of the table; in short words where they would not all fit. The way out
+/// comes first when room is given away, then what a failure at night asks for.
 fn fitting(scene: Scene, width: usize) -> Vec<(String, String)> {
     let mut hints = hints(scene);
     let wide = |it: &(Action, String, String)| row::width_of(&it.1) + row::width_of(&it.2) + if it.2.is_empty() { 2 } else { 3 };
-    if hints.iter().map(wide).sum::<usize>() > width {
-        for (action, _, words) in &mut hints {
-            if let Some(short) = shorter(*action, words) {
+    for action in SHORTENED {
+        if hints.iter().map(wide).sum::<usize>() < width {
+            break;
+        }
+        for (_, _, words) in hints.iter_mut().filter(|it| it.0 == action) {
+            if let Some(short) = shorter(action, words) {
                 *words = short;
             }
         }
     }
-    let is_way_out = |it: &Action| matches!(it, Action::Quit | Action::Back | Action::Dismiss | Action::No);
+    let worth = |it: &Action| match it {
+        Action::Quit | Action::Back | Action::Dismiss | Action::No => 0,
+        Action::Retry | Action::Trigger | Action::Cancel | Action::Filter | Action::Palette => 1,
+        _ => 2,
+    };
     // A blank stands before the first.
     let mut room = width.saturating_sub(1);
     let mut taken = vec![false; hints.len()];
-    for way_out in [true, false] {
-        for (place, hint) in hints.iter().enumerate().filter(|it| is_way_out(&it.1.0) == way_out) {
+    for turn in 0..=2 {
+        for (place, hint) in hints.iter().enumerate().filter(|it| worth(&it.1.0) == turn) {
             // A later, shorter one may still fit.
             if wide(hint) <= room {
                 (room, taken[place]) = (room - wide(hint), true);
@@ -66,6 +73,10 @@ fn fitting(scene: Scene, width: usize) -> Vec<(String, String)> {
     }
     hints.into_iter().zip(taken).filter(|it| it.1).map(|((_, key, words), _)| (key, words)).collect()
 }
+
+/// What loses words first: the keys that every tool has. Which stage is paused is said as long as it can be.
+const SHORTENED: [Action; 8] =
+    [Action::Filter, Action::Palette, Action::Back, Action::Enter, Action::Gantt, Action::Trigger, Action::Cancel, Action::TogglePause];
 
 /// The same in fewer letters, where the key alone says most of it.
 fn shorter(action: Action, words: &str) -> Option<String> {
@@ -102,6 +113,8 @@ fn shown(action: Action, key: &str) -> String {
 fn words(scene: Scene, action: Action) -> Option<String> {
     let (app, now) = (scene.app, scene.now);
     Some(match action {
+        // Where one reads, the help has it.
+        Action::TogglePause if app.zoomed && app.focus == Pane::Log => return None,
         Action::TogglePause => {
             let stage = app.pause_target(now);
             let verb = now.stage(stage).map_or("pause", |it| if it.wanted == Phase::Paused { "resume" } else { "pause" });
