@@ -24,16 +24,24 @@ pub trait Diagnose: std::error::Error + Send + Sync + 'static {
 ///
 /// Rooms' `Display` never prints the chain, so this is the one place that does.
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
+    let mut text = without_line(error.to_string());
     let mut cause = error.source();
     while let Some(inner) = cause {
-        let said = inner.to_string();
+        let said = without_line(inner.to_string());
         if !text.contains(&said) {
             let _ = write!(text, ": {said}");
         }
         cause = inner.source();
     }
     text
+}
+
+/// Without ` at line 325`: PostgreSQL names the line of its own source where it had none of the statement's to name.
+fn without_line(text: String) -> String {
+    match text.rsplit_once(" at line ") {
+        Some((said, line)) if !line.is_empty() && line.bytes().all(|it| it.is_ascii_digit()) => said.to_owned(),
+        _ => text,
+    }
 }
 
 /// Waiting times between tries: doubling from `first` up to `max`.
@@ -85,5 +93,9 @@ mod tests {
     fn a_chain_says_each_cause_once() {
         let error = Outer(std::io::Error::other("connection refused"));
         assert_eq!(chain(&error), "could not put object: connection refused");
+        let error = Outer(std::io::Error::other("terminating connection due to administrator command at line 325"));
+        assert_eq!(chain(&error), "could not put object: terminating connection due to administrator command");
+        let error = Outer(std::io::Error::other("expected a key at line 3 column 7"));
+        assert_eq!(chain(&error), "could not put object: expected a key at line 3 column 7");
     }
 }

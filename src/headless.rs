@@ -3,13 +3,13 @@
 use std::{path::Path, time::Duration};
 
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::{
     bank,
     exit::{Exit, Failure},
     kpi::Kpis,
-    pipeline::{Pipeline, goal::Goal, summary::Summary},
+    pipeline::{Pipeline, goal::Goal, summary::Summary, verdict::Level},
 };
 
 /// How often the status line is said again although nothing changed.
@@ -75,17 +75,19 @@ pub async fn conclude(pipeline: Pipeline, outcome: Result<(), Failure>, has_goal
     Ok(kpis.filter(|_| has_goal))
 }
 
-/// The status line, in the log: where a person looks at lines, the sentence is the same as the console's.
+/// The status line, in the log: where a person looks at lines, the sentence is the same as the console's, and the way out is a command.
 async fn say(mut snapshots: tokio::sync::watch::Receiver<std::sync::Arc<crate::pipeline::snapshot::Snapshot>>) {
-    let mut said = (crate::pipeline::verdict::Level::Well, tokio::time::Instant::now() - SAY_EVERY);
+    let mut said = (Level::Well, tokio::time::Instant::now() - SAY_EVERY);
     loop {
         {
             let snapshot = snapshots.borrow_and_update();
             let verdict = &snapshot.verdict;
             if verdict.level != said.0 || said.1.elapsed() >= SAY_EVERY {
+                let line = verdict.line();
                 match verdict.level {
-                    crate::pipeline::verdict::Level::Failed => error!("{}", verdict.text),
-                    _ => info!("{}", verdict.text),
+                    Level::Failed => error!("{line}"),
+                    Level::Late => warn!("{line}"),
+                    Level::Note | Level::Well => info!("{line}"),
                 }
                 said = (verdict.level, tokio::time::Instant::now());
             }

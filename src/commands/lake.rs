@@ -41,9 +41,10 @@ async fn list(store: &lake::Store, topics: &Topics, table: Option<&str>, limit: 
     let mut text = String::new();
     for table in &tables {
         text += &format!(
-            "{:<24} {:>8} objects {:>12} records {:>10}\n",
+            "{:<24} {:>8} {:<7} {:>12} records {:>10}\n",
             table.table,
             grouped(table.objects),
+            if table.objects == 1 { "object" } else { "objects" },
             grouped(table.records),
             bytes_for_people(table.bytes)
         );
@@ -64,10 +65,11 @@ async fn verify(store: &lake::Store, topics: &Topics, sweep: bool, output: &cli:
         let mut text = String::new();
         for lane in &proof.lanes {
             text += &format!(
-                "{:<36} p={} {:>6} objects {:>12} rows {:>10}\n",
+                "{:<36} p={} {:>6} {:<7} {:>12} rows {:>10}\n",
                 lane.topic,
                 lane.partition,
                 grouped(lane.objects),
+                if lane.objects == 1 { "object" } else { "objects" },
                 grouped(lane.rows),
                 bytes_for_people(lane.bytes)
             );

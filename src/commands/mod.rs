@@ -26,6 +26,7 @@ use crate::{
     },
     refresh,
     telemetry::{self, Front},
+    tui,
 };
 
 mod attach;
@@ -77,10 +78,7 @@ pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
 }
 
 fn start_logs(front: Front, file: Option<&Path>) -> Result<Option<tracing_appender::non_blocking::WorkerGuard>, Failure> {
-    telemetry::start(front, file).map_err(|error| {
-        Failure::new(Exit::Usage, format!("could not open the log {}: {error}", file.unwrap_or(Path::new(".")).display()))
-            .with_remedy("choose a folder that you may write with --data-dir")
-    })
+    telemetry::start(front, file).map_err(|error| Failure::usage(&error))
 }
 
 async fn show_doctor(loaded: &Loaded, output: Output) -> Result<Exit, Failure> {
@@ -229,8 +227,13 @@ fn terminal_gone(error: std::io::Error) -> Failure {
     Failure::new(Exit::Interrupted, format!("the terminal is gone: {error}"))
 }
 
-/// Says a line to the person at the terminal. One that has died is no reason to fall over: what runs is ended in order.
+/// Says a line to the person at the terminal; where the console is drawn there, in its log. One that has died is no reason to
+/// fall over: what runs is ended in order.
 pub fn tell(line: &str) {
+    if tui::has_terminal() {
+        tracing::info!("{line}");
+        return;
+    }
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 

@@ -11,7 +11,7 @@ use crate::{
     headless::{self, Ends},
     kpi::Kpis,
     pipeline::{Mode, Parts, Pipeline, data_dir::LOG, goal::Goal, services::Needs},
-    telemetry::Front,
+    telemetry::{self, Front},
     tui,
     units::Span,
 };
@@ -60,9 +60,19 @@ pub(super) async fn run(loaded: &Loaded, flags: Run, log_format: LogFormat) -> R
     if !console {
         return done(headless::run(pipeline, ends, flags.summary.as_deref(), interrupted).await);
     }
-    let watched = tui::Watched { snapshots: pipeline.snapshots(), commander: pipeline.commander(), folder: loaded.data_dir().join("logs"), owned: true };
+    let watched = tui::Watched {
+        snapshots: pipeline.snapshots(),
+        commander: pipeline.commander(),
+        folder: loaded.data_dir().join("logs"),
+        hear: telemetry::hear,
+        owned: true,
+    };
     let outcome = tokio::select! {
-        left = tui::run(watched, &flags.look, &interrupted) => left.map_err(super::terminal_gone),
+        left = tui::run(watched, &flags.look, &interrupted) => match left {
+            Ok(tui::Left::Quit) => Ok(()),
+            Ok(tui::Left::Interrupted) => Err(Failure::new(Exit::Interrupted, "interrupted; state is kept")),
+            Err(error) => Err(super::terminal_gone(error)),
+        },
         reached = headless::reach(&pipeline, &ends, &interrupted) => reached,
     };
     // The console leaves at a signal as well; whichever was seen first, the shell is told of the signal.

@@ -226,6 +226,7 @@ impl Engine {
         if finished {
             match run.state {
                 super::RunState::Success => info!(dag_id = run.dag_id, run_id = run.run_id, "run succeeded"),
+                _ if run.cancelled => info!(dag_id = run.dag_id, run_id = run.run_id, "run cancelled by an operator"),
                 _ => error!(dag_id = run.dag_id, run_id = run.run_id, "run failed"),
             }
             session.prune(dag.plan.dag_id(), self.config.runs_kept.get()).await?;
@@ -431,6 +432,7 @@ fn apply(run: &mut Run, plan: &Plan, ended: Ended) {
     }
     match &ended.result {
         Ok(_) => info!(dag_id = run.dag_id, task_id = ended.task_id, "task succeeded"),
+        Err(_) if ended.cut_short && run.cancelled => info!(dag_id = run.dag_id, task_id = ended.task_id, "try cancelled by an operator"),
         Err(error) => warn!(dag_id = run.dag_id, task_id = ended.task_id, try_number = ended.try_number, error = first_line(&error.text), "try failed"),
     }
     let result = match ended.result {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     plan::{Plan, TaskState},
-    progress::{Matter, Run, RunRef, RunState, RunType, TaskInstance, seconds_between},
+    progress::{CANCELLED, Matter, Run, RunRef, RunState, RunType, TaskInstance, seconds_between},
 };
 use crate::stage::Phase;
 
@@ -57,6 +57,9 @@ pub struct RunStats {
     pub triggered_by: Option<RunRef>,
     /// The runs its tasks triggered.
     pub triggered: Vec<RunRef>,
+    /// An operator ended it.
+    #[serde(default)]
+    pub cancelled: bool,
     pub tasks: Vec<TaskStats>,
 }
 
@@ -93,6 +96,25 @@ impl Stats {
     }
 }
 
+impl DagStats {
+    /// The newest run that tells how the DAG is: one that is over, or one that an operator runs again.
+    pub fn last_word(&self) -> Option<&Arc<RunStats>> {
+        self.runs.iter().find(|run| run.state.is_final() || run.is_repeated())
+    }
+}
+
+impl RunStats {
+    /// It was over, and is run again, wholly or in part.
+    pub fn is_repeated(&self) -> bool {
+        !self.state.is_final() && self.started_at.is_some_and(|at| at < self.queued_at)
+    }
+
+    /// What is red in it was cut short by an operator.
+    pub fn cut_short(&self, task: &TaskStats) -> bool {
+        self.cancelled && task.state == TaskState::Failed && task.error.as_deref().is_none_or(|it| it.starts_with(CANCELLED))
+    }
+}
+
 impl From<&Run> for RunStats {
     fn from(run: &Run) -> Self {
         let triggered = run.tasks.iter().filter_map(|it| it.note.get(TRIGGERED)).filter_map(|it| serde_json::from_value(it.clone()).ok());
@@ -108,6 +130,7 @@ impl From<&Run> for RunStats {
             seconds: seconds_between(run.started_at, run.finished_at),
             triggered_by: run.triggered_by.clone(),
             triggered: triggered.collect(),
+            cancelled: run.cancelled,
             tasks: run.tasks.iter().map(TaskStats::from).collect(),
         }
     }

@@ -15,7 +15,7 @@ use crate::{
     stream::topics,
 };
 
-use super::{Pipeline, command::StageName, snapshot::Snapshot, supervise};
+use super::{Pipeline, command::StageName, snapshot::Snapshot, supervise, verdict::Ending};
 
 /// How often a wait looks at the snapshot again even if nothing was published.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -49,13 +49,16 @@ impl Pipeline {
             }
         }
         info!("the bank is done; draining");
+        self.ending.send_replace(Some(Ending::Draining));
         self.drain().await?;
         info!("drained; the last runs begin");
+        self.ending.send_replace(Some(Ending::LastRuns));
         self.hold_schedule().await;
         self.wait_until("the runs in progress", |it| it.dag.is_idle()).await?;
         // Not before: a run in progress loaded what had landed then, and would be measured by what has landed now.
         self.drained.send_replace(true);
         self.run_both_dags().await?;
+        self.ending.send_replace(Some(Ending::Letters));
         self.wait_until("the letters", |it| it.mail.waiting == 0 || it.mail.away.is_some()).await
     }
 

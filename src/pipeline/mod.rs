@@ -186,6 +186,8 @@ pub struct Pipeline {
     topics: Topics,
     /// Whether the bank stands still and everything it wrote has landed.
     drained: watch::Sender<bool>,
+    /// How far the end has come, once the bank is done.
+    ending: watch::Sender<Option<verdict::Ending>>,
     /// Ends the helpers (sampler, socket, commands); stages have tokens of their own.
     helpers: CancellationToken,
     /// Cancelled when an operator asks the pipeline to end.
@@ -216,7 +218,7 @@ impl Pipeline {
         let (scheduler, scheduler_control) = stage::control(dag::Stats::default(), Phase::Running, &apart);
         let (mail, mail_control) = stage::control(notify::Stats::default(), Phase::Running, &apart);
         let (refreshed, refresh) = watch::channel(refresh::Stats::default());
-        let drained = watch::Sender::new(false);
+        let (drained, ending) = (watch::Sender::new(false), watch::Sender::new(None));
         let (dags_in, dags) = watch::channel(dag::Handle::new(dag::orders().0, scheduler.stats.clone()));
 
         let mut stages = BTreeMap::new();
@@ -251,6 +253,7 @@ impl Pipeline {
             dag: scheduler.stats.clone(),
             refresh,
             mail: mail.stats.clone(),
+            ending: ending.subscribe(),
             services: services.health(),
         };
         let mut sampler = Sampler::new(sources, Utc::now());
@@ -267,7 +270,7 @@ impl Pipeline {
 
         let path = data_dir::socket_path(&loaded.data_dir());
         let listening = socket::serve(&path, commander.clone(), snapshots.clone(), services.printed(), helpers.clone());
-        let pipeline = Self { services, _data_dir: data_dir, stages, wishes, snapshots, commander, topics, drained, helpers, shutdown };
+        let pipeline = Self { services, _data_dir: data_dir, stages, wishes, snapshots, commander, topics, drained, ending, helpers, shutdown };
         if let Err(source) = listening {
             pipeline.stop().await;
             return Err(Error::Socket { path: path.display().to_string(), source });

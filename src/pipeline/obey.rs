@@ -16,6 +16,7 @@ use super::{
     command::{Command, Reply, StageName},
     look::Eyes,
     snapshot::Snapshot,
+    supervise::Health,
 };
 
 type Asked = mpsc::Receiver<(Command, oneshot::Sender<Reply>)>;
@@ -100,13 +101,7 @@ impl Room {
                 self.wishes.bank.send_modify(|wish| wish.steps += 1);
                 self.here(StageName::Bank, "one step".to_owned())
             }
-            Command::Restart { stage } => match self.again.get(&stage) {
-                Some(again) => {
-                    again.notify_one();
-                    Reply::done(format!("{stage} is tried again"))
-                }
-                None => not_hosted(stage),
-            },
+            Command::Restart { stage } => self.restart(stage),
             Command::Shutdown => {
                 self.shutdown.cancel();
                 Reply::done("the pipeline ends")
@@ -114,6 +109,20 @@ impl Room {
             Command::Trigger { .. } | Command::Retry { .. } | Command::Clear { .. } | Command::Cancel { .. } | Command::Look { .. } => {
                 Reply::refused("this is not for a stage")
             }
+        }
+    }
+
+    /// Only a stage that waits can be tried again. Nothing is left behind for one that does not: it would cut its next wait short.
+    fn restart(&self, stage: StageName) -> Reply {
+        let Some(again) = self.again.get(&stage) else { return not_hosted(stage) };
+        let health = self.snapshots.borrow().stage(stage).map(|it| it.health.clone()).unwrap_or_default();
+        match health {
+            Health::Waiting { .. } | Health::Held { .. } | Health::Failed { .. } => {
+                again.notify_waiters();
+                Reply::done(format!("{stage} is tried again"))
+            }
+            Health::Working => Reply::refused(format!("{stage} works; there is nothing to try again")),
+            Health::Off | Health::Ended => Reply::refused(format!("{stage} has ended")),
         }
     }
 

@@ -13,7 +13,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{bank, cdc, dag, embedded, lake, notify, refresh, stage::Phase, warehouse::Cut};
 
-use super::{command::StageName, supervise::Health, verdict::Verdict, verdict::verdict};
+use super::{
+    command::StageName,
+    supervise::Health,
+    verdict::{Ending, Verdict, verdict},
+};
 
 /// How often the stages' stats become a snapshot.
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
@@ -47,6 +51,9 @@ pub struct Snapshot {
     pub flow: BTreeMap<String, Flow>,
     /// Since when messages flow without a break; None while they do not.
     pub flowing_since: Option<DateTime<Utc>>,
+    /// How far an invocation with a goal has come that is ending; None while the bank works.
+    #[serde(default)]
+    pub ending: Option<Ending>,
     /// Resident memory of this process in bytes, now and at its peak.
     pub rss_bytes: u64,
     pub rss_peak_bytes: u64,
@@ -116,6 +123,7 @@ pub(super) struct Sources {
     pub dag: watch::Receiver<dag::Stats>,
     pub refresh: watch::Receiver<refresh::Stats>,
     pub mail: watch::Receiver<notify::Stats>,
+    pub ending: watch::Receiver<Option<Ending>>,
     pub services: Vec<(&'static str, watch::Receiver<embedded::Health>)>,
 }
 
@@ -197,6 +205,7 @@ impl Sampler {
             mail: sources.mail.borrow().clone(),
             flow: self.flow.clone(),
             flowing_since: self.flowing.map(|it| it.0),
+            ending: *sources.ending.borrow(),
             rss_bytes,
             rss_peak_bytes,
             verdict: Verdict::default(),

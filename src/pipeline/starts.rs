@@ -174,17 +174,26 @@ async fn schedule_runs(hands: Arc<Hands>, requests: mpsc::Receiver<dag::Request>
         snapshot_ends: Arc::new(move || Box::pin(snapshot_ends(state.clone(), prefix.clone()))),
         drained: hands.drained.clone(),
     };
+    let recalling = tokio::spawn(recall(rooms.warehouse.clone(), dag::History::new(&addresses.state), hands.refreshed.clone()));
     let (deal, mut stats) = refresh::deal(rooms, &hands.dag).map_err(dag::Error::from)?;
     let refreshed = hands.refreshed.clone();
     let copying = tokio::spawn(async move {
         while stats.changed().await.is_ok() {
-            refreshed.send_replace(stats.borrow_and_update().clone());
+            let now = stats.borrow_and_update().clone();
+            refreshed.send_modify(|it| *it = refresh::Stats { earlier: it.earlier.take(), ..now });
         }
     });
     let outcome = dag::run(deal, dag::History::new(&addresses.state), requests, control).await;
     worker.stop().await;
     copying.abort();
+    recalling.abort();
     Ok(outcome?)
+}
+
+/// What earlier processes left is told once, as soon as it is read.
+async fn recall(warehouse: Postgres, history: dag::History, refreshed: watch::Sender<refresh::Stats>) {
+    let earlier = refresh::recall(&warehouse, &history).await;
+    refreshed.send_modify(|it| it.earlier = Some(earlier));
 }
 
 async fn snapshot_ends(state: Secret, topic_prefix: String) -> Result<Option<SnapshotEnds>, dag::TaskError> {

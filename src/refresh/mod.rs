@@ -15,9 +15,11 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, watch};
 
 mod mails;
+mod recall;
 mod stats;
 mod transform;
 
+pub use recall::{Earlier, EarlierDbt, recall};
 pub use stats::{DbtStats, KpiStats, LoadStats, NodeStats, ReconcileStats, Stats};
 
 use crate::{

@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use super::recall::Earlier;
 use crate::{
     dbt::{FailingRows, Kind, Node, NodeEvent, RunResults, Status, TestCounts},
     kpi,
@@ -24,6 +25,9 @@ pub struct Stats {
     pub dbt: DbtStats,
     pub kpis: Option<KpiStats>,
     pub reconcile: Option<ReconcileStats>,
+    /// What earlier processes left; None until it was looked for.
+    #[serde(default)]
+    pub earlier: Option<Earlier>,
     /// How long transactions took to show in the KPIs, since this process started.
     pub commit_to_kpi: Histogram,
 }

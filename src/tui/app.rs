@@ -17,6 +17,7 @@ use crate::{
 };
 
 use super::{
+    Left,
     keys::{Action, Pane, Place},
     logs::Logs,
     orders::for_real,
@@ -48,7 +49,9 @@ pub(super) enum Effect {
     SaveLog,
     Suspend,
     Redraw,
-    Quit,
+    /// Rooms are to speak louder, or not any more.
+    Hear,
+    Leave(Left),
 }
 
 /// What the answer to a command is for.
@@ -208,7 +211,7 @@ impl App {
         self.message = None;
         match action {
             Action::Quit => self.ask(Question::Quit),
-            Action::Interrupt if self.on_top == Some(OnTop::Question(Question::Quit)) => return Effect::Quit,
+            Action::Interrupt if self.on_top == Some(OnTop::Question(Question::Quit)) => return Effect::Leave(Left::Interrupted),
             Action::Interrupt => self.ask(Question::Quit),
             Action::Suspend => return Effect::Suspend,
             Action::Redraw => return Effect::Redraw,
@@ -240,16 +243,27 @@ impl App {
             Action::Clear => return self.clear(now),
             Action::Cancel => return self.cancel(now),
             Action::Restart => return self.restart(now),
-            Action::Louder => self.logs.louder(),
-            Action::Quieter => self.logs.quieter(),
+            Action::Louder | Action::Quieter => return self.tune(action == Action::Louder),
             Action::Freeze => self.logs.freeze(),
             Action::Gantt => self.over_time = !self.over_time,
             Action::SaveLog => return Effect::SaveLog,
             Action::Yes => return self.yes(),
             Action::No => self.on_top = None,
+            Action::Insist => return self.refuse("a question is open: y says yes, n or Esc says no", now),
             Action::Type(_) | Action::Erase | Action::Complete | Action::Accept | Action::Dismiss => return self.typed(action, now),
         }
         Effect::None
+    }
+
+    /// The level of the chosen room. What is not spoken cannot be shown, so the room itself is told where it changes.
+    fn tune(&mut self, louder: bool) -> Effect {
+        let before = self.logs.at_debug();
+        if louder {
+            self.logs.louder()
+        } else {
+            self.logs.quieter()
+        };
+        if self.logs.at_debug() == before { Effect::None } else { Effect::Hear }
     }
 
     /// An answer of the pipeline. What a rehearsal told becomes a question.
@@ -286,7 +300,7 @@ impl App {
 
     fn yes(&mut self) -> Effect {
         match self.on_top.take() {
-            Some(OnTop::Question(Question::Quit)) => Effect::Quit,
+            Some(OnTop::Question(Question::Quit)) => Effect::Leave(Left::Quit),
             Some(OnTop::Question(Question::Order { command, .. })) => Effect::Send(command, Purpose::Do),
             _ => Effect::None,
         }
@@ -371,6 +385,11 @@ impl App {
                 let to = moved(self.object_of(&objects), action, objects.len().saturating_sub(1));
                 // The newest is not held, as with runs.
                 self.object = objects.get(to).filter(|_| to > 0).map(|it| it.key.clone());
+            }
+            // Nothing is selected there: what is walked through is what was drawn.
+            (Pane::Kpis, _) => {
+                let place = &mut self.selected[Pane::Kpis.place()];
+                *place = moved((*place).min(end), action, end);
             }
             (pane, _) => {
                 let last = rows::count(pane, now, self.filter(pane)).saturating_sub(1);

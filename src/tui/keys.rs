@@ -53,6 +53,8 @@ pub(super) enum Action {
     Mails,
     Yes,
     No,
+    /// A key that means nothing to the question that is open.
+    Insist,
     /// While a line is being typed.
     Type(char),
     Erase,
@@ -246,7 +248,7 @@ const BINDINGS: &[Binding] = &[
     quiet(In::Sheet, &[Key::plain(PageDown), Key::letter(' ')], "PgDn", Action::PageDown, "a page down"),
     quiet(In::Sheet, &[Key::control('c')], "^C", Action::Interrupt, "quit"),
     quiet(In::Sheet, &[Key::control('z')], "^Z", Action::Suspend, "suspend"),
-    bind(In::Question, &[Key::letter('y'), Key::plain(Enter)], "y", Action::Yes, "yes"),
+    bind(In::Question, &[Key::letter('y')], "y", Action::Yes, "yes"),
     bind(In::Question, &[Key::letter('n'), Key::plain(Esc), Key::letter('q')], "n", Action::No, "no"),
     quiet(In::Question, &[Key::control('c')], "^C", Action::Interrupt, "quit"),
     quiet(In::Question, &[Key::control('z')], "^Z", Action::Suspend, "suspend"),
@@ -263,6 +265,7 @@ pub(super) fn action(place: Place, event: KeyEvent) -> Option<Action> {
     let bound = BINDINGS.iter().find(|it| it.place.has(place) && it.keys.iter().any(|key| key.is(event)));
     match (bound, event.code) {
         (Some(binding), _) => Some(binding.action),
+        (None, _) if place == Place::Question => Some(Action::Insist),
         (None, Char(letter)) if place == Place::Typing && !event.modifiers.intersects(KeyModifiers::CONTROL | KeyModifiers::ALT) => Some(Action::Type(letter)),
         _ => None,
     }
@@ -326,7 +329,8 @@ mod tests {
         let p = KeyEvent::new(Char('p'), KeyModifiers::NONE);
         assert_eq!(action(Place::Typing, p), Some(Action::Type('p')));
         assert_eq!(action(Place::Overview, p), Some(Action::TogglePause));
-        assert_eq!(action(Place::Question, p), None);
+        assert_eq!(action(Place::Question, p), Some(Action::Insist));
+        assert_eq!(action(Place::Question, KeyEvent::new(Enter, KeyModifiers::NONE)), Some(Action::Insist));
         assert_eq!(action(Place::Screen(Pane::Stream), KeyEvent::new(Char('R'), KeyModifiers::SHIFT)), Some(Action::Restart));
     }
 }

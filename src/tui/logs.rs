@@ -52,6 +52,12 @@ impl Logs {
         LEVELS[self.levels.values().copied().max().unwrap_or(2).min(LEVELS.len() - 1)]
     }
 
+    /// The rooms that are shown down to `debug`: they must speak at it.
+    pub(super) fn at_debug(&self) -> Vec<&'static str> {
+        let is_debug = |(room, place): (&&'static str, &usize)| (LEVELS.get(*place) == Some(&LevelFilter::Debug)).then_some(*room);
+        self.levels.iter().filter_map(is_debug).collect()
+    }
+
     pub(super) fn louder(&mut self) {
         self.set(self.place() + 1);
     }
@@ -101,9 +107,9 @@ mod tests {
         logs.louder();
         logs.louder();
         assert_eq!((logs.level_of("lake"), logs.level_of("dbt")), ((LevelFilter::Debug, true), (LevelFilter::Info, false)));
-        assert_eq!(logs.loudest(), LevelFilter::Debug);
+        assert_eq!((logs.loudest(), logs.at_debug()), (LevelFilter::Debug, vec!["lake"]));
         logs.quieter();
-        assert_eq!((logs.level_of("lake"), logs.loudest()), ((LevelFilter::Info, false), LevelFilter::Info));
+        assert_eq!((logs.level_of("lake"), logs.loudest(), logs.at_debug()), ((LevelFilter::Info, false), LevelFilter::Info, vec![]));
         (0..3).for_each(|_| logs.step(false));
         logs.quieter();
         logs.quieter();

@@ -20,7 +20,14 @@ mod tests;
 mod theme;
 mod wire;
 
-use std::{future::poll_fn, io, path::PathBuf, sync::Arc, task::Poll, time::Duration};
+use std::{
+    future::poll_fn,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
 
 use crossterm::event::{Event, EventStream, KeyEventKind};
 use futures_util::StreamExt as _;
@@ -41,6 +48,8 @@ use crate::{
         snapshot::Snapshot,
     },
 };
+
+pub use term::has_terminal;
 
 use app::{App, Effect, Purpose};
 use screens::Scene;
@@ -71,14 +80,24 @@ pub struct Watched {
     pub commander: Commander,
     /// Where a copy of the log goes.
     pub folder: PathBuf,
+    /// Makes the rooms named speak at `debug` in this process, and only them.
+    pub hear: fn(&[&str]),
     /// Whether leaving ends the pipeline (it runs in this process) or not (`attach`).
     pub owned: bool,
+}
+
+/// How the console was left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    Quit,
+    /// By ^C: whoever started us is told of it.
+    Interrupted,
 }
 
 /// Runs the console until the operator leaves or `stop` says so; then the terminal is as it was.
 ///
 /// A terminal that cannot be read or written any more is an error; the pipeline has not been touched by it.
-pub async fn run(watched: Watched, look: &Look, stop: &CancellationToken) -> io::Result<()> {
+pub async fn run(watched: Watched, look: &Look, stop: &CancellationToken) -> io::Result<Left> {
     let mut continued = signal(SignalKind::from_raw(rustix::process::Signal::CONT.as_raw()))?;
     let (answers_in, mut answers) = mpsc::channel(ANSWERS_MAX);
     let mut console = Console::enter(watched, look, answers_in)?;
@@ -89,7 +108,7 @@ pub async fn run(watched: Watched, look: &Look, stop: &CancellationToken) -> io:
     loop {
         let mut at_once = false;
         tokio::select! { biased;
-            () = stop.cancelled() => return Ok(()),
+            () = stop.cancelled() => return Ok(Left::Quit),
             event = events.next() => {
                 let came = Instant::now();
                 let mut next = Some(event);
@@ -99,7 +118,7 @@ pub async fn run(watched: Watched, look: &Look, stop: &CancellationToken) -> io:
                     let event = event.ok_or_else(|| io::Error::new(io::ErrorKind::UnexpectedEof, "the terminal is gone"))??;
                     at_once |= console.take(&event);
                     match console.settle()? {
-                        Settled::Quit => return Ok(()),
+                        Settled::Left(how) => return Ok(how),
                         Settled::Suspended => suspended = Some(Instant::now() + SUSPEND_MAX),
                         Settled::Here => next = at_hand(&mut events).await,
                     }
@@ -139,6 +158,12 @@ async fn at_hand(events: &mut EventStream) -> Option<Option<io::Result<Event>>> 
     .await
 }
 
+/// The name first: where a line ends too early, the folder gives way.
+fn saved(lines: usize, path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().display();
+    format!("{name} has {lines} lines · in {}", path.parent().unwrap_or(path).display())
+}
+
 struct Console {
     app: App,
     theme: Theme,
@@ -149,6 +174,7 @@ struct Console {
     heard_at: Instant,
     commander: Commander,
     folder: PathBuf,
+    hear: fn(&[&str]),
     answers: mpsc::Sender<Answer>,
     log: TuiWidgetState,
     /// The terminal has the focus, as far as it tells.
@@ -166,7 +192,7 @@ enum Answer {
 enum Settled {
     Here,
     Suspended,
-    Quit,
+    Left(Left),
 }
 
 impl Console {
@@ -181,6 +207,7 @@ impl Console {
             heard_at: Instant::now(),
             commander: watched.commander,
             folder: watched.folder,
+            hear: watched.hear,
             answers,
             log: TuiWidgetState::new().set_default_display_level(app.logs.loudest()),
             app,
@@ -224,7 +251,8 @@ impl Console {
                 return Ok(Settled::Suspended);
             }
             Effect::Redraw => self.screen.forget()?,
-            Effect::Quit => return Ok(Settled::Quit),
+            Effect::Leave(how) => return Ok(Settled::Left(how)),
+            Effect::Hear => (self.hear)(&self.app.logs.at_debug()),
         }
         Ok(Settled::Here)
     }
@@ -254,7 +282,7 @@ impl Console {
         tokio::task::spawn_blocking(move || {
             let lines = view.lines();
             let (ok, text) = match logs::save(&folder, &lines, chrono::Utc::now()) {
-                Ok(path) => (true, format!("{} lines of the log are in {}", lines.len(), path.display())),
+                Ok(path) => (true, saved(lines.len(), &path)),
                 Err(error) => (false, format!("could not write into {}: {error}", folder.display())),
             };
             if answers.blocking_send(Answer::Said { ok, text }).is_err() {
@@ -285,5 +313,14 @@ impl Console {
             app.columns = screens::columns(frame.area());
             screens::draw(frame, Scene { now, app, theme, log });
         })
+    }
+}
+
+#[cfg(test)]
+mod words {
+    #[test]
+    fn the_name_of_a_saved_log_stands_where_no_line_is_cut() {
+        let said = super::saved(123, std::path::Path::new("/a/very/long/folder/logs/console-2026-11-22T12-03-04.000.txt"));
+        assert!(said.starts_with("console-2026-11-22T12-03-04.000.txt has 123 lines"), "{said}");
     }
 }

@@ -86,9 +86,8 @@ impl App {
                 return Some((RunRef { dag_id: dag.dag_id.clone(), run_id: run.run_id.clone() }, task_id.to_owned()));
             }
         }
-        let newest = now.dag.dags.iter().filter_map(|dag| dag.runs.iter().find(|run| run.state.is_final()));
-        let failed = newest.filter(|run| run.state == RunState::Failed);
-        let run = failed.max_by_key(|run| run.finished_at)?;
+        let failed = now.dag.dags.iter().filter_map(DagStats::last_word).filter(|run| run.state == RunState::Failed);
+        let run = failed.max_by_key(|run| (!run.cancelled, run.finished_at))?;
         let task = run.tasks.iter().find(|it| it.state == TaskState::Failed)?;
         Some((RunRef { dag_id: run.dag_id.clone(), run_id: run.run_id.clone() }, task.task_id.clone()))
     }

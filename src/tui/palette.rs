@@ -47,6 +47,9 @@ pub(super) const COMMANDS: &[(&str, &str, &str)] = &[
     ("quit", "", "leave the console"),
 ];
 
+/// As alike as a slip of the keys leaves a name; what is less alike was meant otherwise.
+const NEAR: f64 = 0.8;
+
 pub(super) fn parse(text: &str, now: &Snapshot) -> Result<Asked, String> {
     let words: Vec<&str> = text.split_whitespace().collect();
     let Some((name, rest)) = words.split_first() else { return Err("type the name of a command; Tab completes it".to_owned()) };
@@ -155,6 +158,7 @@ fn task_named(name: &str, dag_id: &str, now: &Snapshot) -> Result<String, String
 }
 
 fn unknown<'a>(kind: &str, name: &str, known: impl Iterator<Item = &'a str>) -> String {
-    let nearest = known.max_by(|left, right| strsim::jaro_winkler(name, left).total_cmp(&strsim::jaro_winkler(name, right)));
-    nearest.map_or_else(|| format!("there is no {kind} {name:?}"), |nearest| format!("there is no {kind} {name:?}; the nearest is {nearest}"))
+    let near = known.map(|it| (strsim::jaro_winkler(name, it), it)).filter(|it| it.0 >= NEAR).max_by(|left, right| left.0.total_cmp(&right.0));
+    let instead = if kind == "command" { "; : lists them" } else { "; Tab lists them" };
+    near.map_or_else(|| format!("there is no {kind} {name:?}{instead}"), |(_, near)| format!("there is no {kind} {name:?}; did you mean {near}?"))
 }

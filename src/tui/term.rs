@@ -37,6 +37,11 @@ const GIVE_BACK_MAX: Duration = Duration::from_millis(500);
 /// leaving the alternate screen twice would put the cursor over what was printed in between.
 static TAKEN: AtomicBool = AtomicBool::new(false);
 
+/// Whoever writes to the terminal now writes over the console.
+pub fn has_terminal() -> bool {
+    TAKEN.load(Ordering::SeqCst)
+}
+
 type Hook = Arc<dyn Fn(&panic::PanicHookInfo<'_>) + Sync + Send + 'static>;
 
 /// The terminal in our hands.

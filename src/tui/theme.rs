@@ -6,7 +6,7 @@ use ratatui::{
 };
 
 use crate::{
-    dag::{RunState, TaskState},
+    dag::{RunState, RunStats, TaskState, TaskStats},
     dbt::Status,
     pipeline::{command::StageName, snapshot::StageView, supervise::Health, verdict::Level},
     stage::Phase,
@@ -122,6 +122,7 @@ fn ascii(symbol: &str) -> &'static str {
         "↑" => "^",
         "↓" => "v",
         "Σ" => "S",
+        "√" => "~",
         "╭" | "╮" | "╰" | "╯" | "┌" | "┐" | "└" | "┘" | "├" | "┤" | "┬" | "┴" | "┼" | "┏" | "┓" | "┗" | "┛" => "+",
         other => other.chars().next().and_then(spark::height).map_or("?", |height| ["_", "_", ".", "-", "="][height.min(4)]),
     }
@@ -154,8 +155,9 @@ pub(super) fn of_stage(name: StageName, stage: &StageView, now: chrono::DateTime
     }
 }
 
-pub(super) fn of_run(state: RunState) -> State {
-    match state {
+pub(super) fn of_run(run: &RunStats) -> State {
+    match run.state {
+        RunState::Failed if run.cancelled => State::Waiting,
         RunState::Queued => State::Waiting,
         RunState::Running => State::Running,
         RunState::Success => State::Ok,
@@ -163,8 +165,13 @@ pub(super) fn of_run(state: RunState) -> State {
     }
 }
 
+/// A task of a run: what an operator cut short has not failed.
+pub(super) fn of_task_in(run: &RunStats, task: &TaskStats) -> (State, &'static str) {
+    if run.cut_short(task) { (State::Waiting, State::Waiting.glyph()) } else { of_task(task.state) }
+}
+
 /// A task in the grid: its state and the glyph of its cell.
-pub(super) fn of_task(state: TaskState) -> (State, &'static str) {
+fn of_task(state: TaskState) -> (State, &'static str) {
     match state {
         TaskState::None => (State::Idle, "·"),
         TaskState::Scheduled | TaskState::Queued => (State::Waiting, "○"),

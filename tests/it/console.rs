@@ -8,7 +8,7 @@ use std::{
 };
 
 use ledgerline::pipeline::{
-    command::{Command as Order, Look, Reply},
+    command::{Command as Order, Look, Reply, StageName},
     data_dir::socket_path,
     snapshot::Snapshot,
     socket::Client,
@@ -164,12 +164,43 @@ async fn an_operator_looks_into_a_running_pipeline_and_leaves_it_running() {
     assert!(look(Look::Log).await.page.iter().any(|it| it.contains("pipeline: ") || it.contains("dag: ")));
     assert!(!look(Look::Sql { unique_id: "/etc/passwd".into() }).await.ok);
 
+    // What works is not tried again, and says so.
+    let refused = client.ask(Order::Restart { stage: StageName::Bank }).await.unwrap();
+    assert!(!refused.ok && refused.text.contains("bank works"), "{}", refused.text);
+
     // The console on it, and leaving it: the pipeline goes on.
     let ended = tokio::task::block_in_place(|| place.on_a_terminal("quit", "qy", &["attach"]));
     assert_eq!(ended, "ended 0 seen");
+    let ended = tokio::task::block_in_place(|| place.on_a_terminal("quit", "\u{3}\u{3}", &["attach"]));
+    assert!(ended.starts_with("ended 130 seen"), "{ended}");
     let before = snapshots.borrow_and_update().at;
     until(&mut snapshots, "a later snapshot", |it| it.at > before).await;
+    until(&mut snapshots, "KPIs", |it| it.refresh.kpis.is_some()).await;
     assert_eq!(tokio::task::block_in_place(|| daemon.end()), Some(130));
+
+    // The next process finds what this one left, before any run of its own.
+    let mut daemon = Daemon::start(&place);
+    let (mut snapshots, _reading) = connected(&place).await.watch().await.unwrap();
+    let found = until(&mut snapshots, "what was left", |it| it.refresh.earlier.is_some()).await;
+    let earlier = found.refresh.earlier.clone().unwrap();
+    assert!(earlier.kpis.is_some_and(|it| it.reading.cut.is_some()) && earlier.dbt.is_some_and(|it| it.tests.pass > 0), "{:?}", earlier.unread);
+    assert_eq!(tokio::task::block_in_place(|| daemon.end()), Some(130));
+}
+
+#[test]
+fn what_needs_a_terminal_and_a_filter_that_is_none_are_mistakes_of_usage() {
+    let place = Place::new();
+    let run = |arguments: &[&str], filter: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ledgerline"));
+        let output = command.args(arguments).current_dir(place.folder.path()).env("LEDGERLINE_LOG", filter).stdin(Stdio::null()).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, said) = run(&["attach"], "");
+    assert!(code == Some(2) && said.contains("needs a terminal"), "{code:?} {said}");
+    for filter in ["ledgerline=lod", "debg"] {
+        let (code, said) = run(&["config", "show"], filter);
+        assert!(code == Some(2) && said.contains("LEDGERLINE_LOG"), "{code:?} {said}");
+    }
 }
 
 #[test]

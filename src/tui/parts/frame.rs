@@ -23,7 +23,7 @@ pub(crate) fn lines(frame: &mut Frame, area: Rect, lines: Vec<Line<'_>>) {
 }
 
 /// Lines of the frame that nothing lies on: title and verdict above, the keys that work below.
-pub(crate) const KEPT: (u16, u16) = (2, 1);
+pub(crate) const KEPT: (u16, u16) = (3, 1);
 
 /// A box in the middle, as large as its lines, with everything behind it wiped.
 pub(crate) fn popup(frame: &mut Frame, title: &str, lines: Vec<Line<'_>>, style: Style) {

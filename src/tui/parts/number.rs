@@ -48,12 +48,12 @@ pub(crate) fn seconds(value: f64) -> String {
     }
 }
 
-/// An age in milliseconds, in steps a person can read: `0.4 s`, `12 s`, `3 min`.
+/// An age in milliseconds, in steps a person can read: `0.4 s`, `119 s`, `2 min`.
 pub(crate) fn age(milliseconds: i64) -> String {
     match milliseconds.max(0) {
         it @ 0..10_000 => format!("{}.{} s", it / 1000, it % 1000 / 100),
-        it @ 10_000..100_000 => format!("{} s", it / 1000),
-        it @ 100_000..6_000_000 => format!("{} min", it / 60_000),
+        it @ 10_000..120_000 => format!("{} s", it / 1000),
+        it @ 120_000..7_200_000 => format!("{} min", it / 60_000),
         it => format!("{} h", it / 3_600_000),
     }
 }
@@ -95,6 +95,7 @@ mod tests {
         assert_eq!(seconds(0.018), "0.02 s");
         assert_eq!(seconds(245.0), "4:05 min");
         assert_eq!(age(430), "0.4 s");
-        assert_eq!(age(125_000), "2 min");
+        // A larger unit never says less than the one before.
+        assert_eq!([age(119_999), age(120_000), age(7_199_999), age(7_200_000)], ["119 s", "2 min", "119 min", "2 h"]);
     }
 }

@@ -94,7 +94,7 @@ fn most_urgent(dag: &DagStats, room: usize) -> Vec<&str> {
 }
 
 fn head<'a>(scene: Scene<'a>, dag: &'a DagStats, width: usize) -> Line<'a> {
-    let state = dag.runs.first().map_or(State::Idle, |run| theme::of_run(run.state));
+    let state = dag.runs.first().map_or(State::Idle, |run| theme::of_run(run));
     let left = Line::from(vec![Span::raw(" "), scene.state(state, state.glyph()), Span::raw(" "), scene.strong(dag.dag_id.as_str())]);
     let when = when(scene, dag);
     // The name matters more than a long schedule.
@@ -157,8 +157,8 @@ impl Grid {
     fn row<'a>(&self, scene: Scene<'a>, dag: &'a DagStats, task_id: &'a str, chosen: Option<usize>) -> Line<'a> {
         let mut spans = vec![Span::raw(format!("   {} ", row::fit(task_id, self.name)))];
         for place in (0..self.runs).rev() {
-            let task = dag.runs.get(place).and_then(|run| task_of(run, task_id));
-            let (state, cell) = task.map_or((State::Idle, " "), |it| theme::of_task(it.state));
+            let task = dag.runs.get(place).and_then(|run| Some((run, task_of(run, task_id)?)));
+            let (state, cell) = task.map_or((State::Idle, " "), |(run, it)| theme::of_task_in(run, it));
             let style = scene.theme.state(state);
             spans.push(Span::styled(cell, if chosen == Some(place) { style.patch(scene.theme.selected()) } else { style }));
         }
@@ -227,14 +227,15 @@ fn draw_run(frame: &mut Frame, area: Rect, scene: Scene) {
     let Some(run) = dag.runs.get(scene.app.run_of(dag)) else {
         return frame::lines(frame, area, vec![Line::from(scene.dim(no_run(scene, dag)))]);
     };
-    let state = theme::of_run(run.state);
+    let state = theme::of_run(run);
+    let word = if run.cancelled { "cancelled by an operator" } else { run.state.as_str() };
     let took = run.seconds.map(|it| format!(" · {}", number::seconds(it))).unwrap_or_default();
     let mut lines = vec![Line::from(vec![
         Span::raw(" "),
-        scene.mark(state, run.state.as_str()),
-        Span::raw(row::clip(&format!("{took} · {}", run.run_id), width.saturating_sub(12))),
+        scene.mark(state, word),
+        Span::raw(row::clip(&format!("{took} · {}", run.run_id), width.saturating_sub(word.len() + 5))),
     ])];
-    let about = task_of(run, task_id).map(|task| about(scene, task, width)).unwrap_or_default();
+    let about = task_of(run, task_id).map(|task| about(scene, run, task, width)).unwrap_or_default();
     let gantt = gantt(scene, run, task_id, width);
     if lines.len() + gantt.len() + about.len() <= area.height.into() {
         lines.extend(gantt);
@@ -253,7 +254,7 @@ fn gantt<'a>(scene: Scene, run: &'a RunStats, selected: &str, width: usize) -> V
     let room = i64::try_from(width.saturating_sub(name + SECONDS + 5)).unwrap_or_default();
     let cell = |at: chrono::DateTime<chrono::Utc>| usize::try_from(((at - start).num_milliseconds().clamp(0, whole) * room) / whole).unwrap_or_default();
     let bar = |task: &'a TaskStats| {
-        let (state, _) = theme::of_task(task.state);
+        let (state, _) = theme::of_task_in(run, task);
         let (from, to) = match task.started_at {
             Some(began) => (cell(began), cell(task.finished_at.unwrap_or(end))),
             None => (0, 0),
@@ -269,8 +270,9 @@ fn gantt<'a>(scene: Scene, run: &'a RunStats, selected: &str, width: usize) -> V
     run.tasks.iter().map(bar).collect()
 }
 
-fn about<'a>(scene: Scene, task: &'a TaskStats, width: usize) -> Vec<Line<'a>> {
-    let (state, _) = theme::of_task(task.state);
+fn about<'a>(scene: Scene, run: &RunStats, task: &'a TaskStats, width: usize) -> Vec<Line<'a>> {
+    let (state, _) = theme::of_task_in(run, task);
+    let word = if run.cut_short(task) { "cancelled" } else { task.state.as_str() };
     let took = task.seconds.map(|it| format!(", {}", number::seconds(it))).unwrap_or_default();
     let tries = match task.tries {
         0 => "not tried yet".to_owned(),
@@ -281,7 +283,7 @@ fn about<'a>(scene: Scene, task: &'a TaskStats, width: usize) -> Vec<Line<'a>> {
         Span::raw(" "),
         scene.strong(task.task_id.as_str()),
         Span::raw("  "),
-        scene.mark(state, task.state.as_str()),
+        scene.mark(state, word),
         Span::raw(format!("  {tries}{took}")),
     ])];
     if let Some(at) = task.retry_at.filter(|_| task.state == TaskState::UpForRetry) {
@@ -289,7 +291,7 @@ fn about<'a>(scene: Scene, task: &'a TaskStats, width: usize) -> Vec<Line<'a>> {
         lines.push(Line::from(scene.state(State::Late, format!(" next try in {seconds} s"))));
     }
     if let Some(error) = &task.error {
-        lines.extend(row::wrap(error, width.saturating_sub(2)).into_iter().map(|it| Line::from(scene.state(State::Failed, format!(" {it}")))));
+        lines.extend(row::wrap(error, width.saturating_sub(2)).into_iter().map(|it| Line::from(scene.state(state, format!(" {it}")))));
     }
     lines
 }
@@ -303,18 +305,19 @@ pub(super) fn details(scene: Scene, run: &RunRef, task_id: &str) -> (String, Vec
     let waits_for = dag.tasks.iter().find(|it| it.0 == task_id).map(|it| it.1.join(", ")).filter(|it| !it.is_empty());
     let mut lines = vec![
         format!("dag      {}", dag.dag_id),
-        format!("run      {} ({}, {})", found.run_id, found.run_type.as_str(), found.state.as_str()),
+        format!("run      {} ({}, {})", found.run_id, found.run_type.as_str(), if found.cancelled { "cancelled" } else { found.state.as_str() }),
         format!("after    {}", waits_for.unwrap_or_else(|| "nothing: it is the first".to_owned())),
     ];
     if let Some(task) = task_of(found, task_id) {
         let took = task.seconds.map(|it| format!(", took {}", number::seconds(it))).unwrap_or_default();
-        lines.push(format!("state    {}, tries {}", task.state.as_str(), task.tries));
+        let state = if found.cut_short(task) { "cancelled by an operator" } else { task.state.as_str() };
+        lines.push(format!("state    {state}, tries {}", task.tries));
         lines.push(format!("started  {}, finished {}{took}", at(task.started_at), at(task.finished_at)));
         if let Some(due) = task.retry_at.filter(|_| task.state == TaskState::UpForRetry) {
             lines.push(format!("again    in {} s", (due - scene.now.at).num_seconds().max(0)));
         }
         if let Some(error) = &task.error {
-            lines.push(format!("✗ {error}"));
+            lines.push(if found.cut_short(task) { error.clone() } else { format!("✗ {error}") });
         }
     }
     (task_id.to_owned(), lines)

@@ -25,7 +25,7 @@ pub(super) fn pane(frame: &mut Frame, area: Rect, scene: Scene) {
     let (width, height) = (usize::from(inside.width), usize::from(inside.height));
     let mut nodes = rows::nodes(scene.now, "");
     if nodes.is_empty() {
-        return super::teach(frame, inside, scene, nothing_yet());
+        return not_run(frame, inside, scene);
     }
     // Failed, running, warned, then the slowest. Ties keep the lineage.
     let slow = |it: &NodeStats| std::cmp::Reverse(it.seconds.map_or(0, milliseconds));
@@ -39,8 +39,33 @@ fn milliseconds(seconds: f64) -> u128 {
     std::time::Duration::try_from_secs_f64(seconds).unwrap_or_default().as_millis()
 }
 
-fn nothing_yet() -> &'static str {
-    "No dbt run yet. It follows the first load; t starts it now."
+/// What is known before dbt's first run in this process: how the last one before it ended.
+fn not_run(frame: &mut Frame, area: Rect, scene: Scene) {
+    let next = "It follows the first load; t starts it now.";
+    let Some(earlier) = &scene.now.refresh.earlier else {
+        return super::teach(frame, area, scene, "Not read yet: the run history is being asked for dbt's last run.");
+    };
+    let Some(last) = &earlier.dbt else { return super::teach(frame, area, scene, &format!("No dbt run yet. {next}")) };
+    let width = usize::from(area.width);
+    let tests = last.tests;
+    let bad = tests.fail + tests.error;
+    let at = last.finished_at.map(|it| format!(" of {}", it.format("%F %H:%M:%S"))).unwrap_or_default();
+    let parts = vec![
+        if last.failed.is_empty() { Span::raw("0 fail") } else { scene.mark(State::Failed, &format!("{} fail", bad.max(last.failed.len() as u64))) },
+        Span::raw(format!("{} pass", tests.pass)),
+        Span::raw(format!("{} models", last.models)),
+        Span::raw(format!("{} warn", tests.warn)),
+        Span::raw(format!("{} skip", tests.skip)),
+    ];
+    let mut lines =
+        vec![Line::from(vec![Span::raw(" "), scene.mark(State::Stale, &row::clip(&format!("last run{at}, before this start"), width.saturating_sub(4)))])];
+    lines.push(super::stream::joined(scene, parts, width));
+    lines.extend(last.failed.iter().map(|it| Line::from(scene.state(State::Failed, row::clip(&format!(" ✗ {it}"), width)))));
+    lines.truncate(usize::from(area.height).saturating_sub(2).max(1));
+    lines.extend(
+        row::wrap(&format!("Not run yet since the start. {next}"), width.saturating_sub(2)).into_iter().map(|it| Line::from(scene.dim(format!(" {it}")))),
+    );
+    frame::lines(frame, area, lines);
 }
 
 fn urgency(node: &NodeStats) -> u8 {
@@ -93,8 +118,10 @@ pub(super) fn screen(frame: &mut Frame, area: Rect, scene: Scene) {
     let (width, height) = (usize::from(inside.width), usize::from(inside.height));
     let nodes = rows::nodes(scene.now, scene.filter(Pane::Dbt));
     if nodes.is_empty() {
-        let why = if scene.filter(Pane::Dbt).is_empty() { nothing_yet() } else { "No node holds this text. Esc shows all." };
-        return super::teach(frame, inside, scene, why);
+        if scene.filter(Pane::Dbt).is_empty() {
+            return not_run(frame, inside, scene);
+        }
+        return super::teach(frame, inside, scene, "No node holds this text. Esc shows all.");
     }
     let selected = scene.app.selected(Pane::Dbt).min(nodes.len() - 1);
     let message = nodes[selected].message.as_deref().filter(|_| nodes[selected].status.is_some_and(|it| !it.is_good()));

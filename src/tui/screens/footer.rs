@@ -31,27 +31,64 @@ pub(super) fn line(scene: Scene, width: u16) -> Line<'static> {
     }
     Line::from(
         std::iter::once(Span::raw(" "))
-            .chain(fitting(scene, width).into_iter().flat_map(|(key, words)| [scene.strong(key), Span::raw(format!(" {words}  "))]))
+            .chain(
+                fitting(scene, width)
+                    .into_iter()
+                    .flat_map(|(key, words)| [scene.strong(key), Span::raw(if words.is_empty() { "  ".to_owned() } else { format!(" {words}  ") })]),
+            )
             .collect::<Vec<_>>(),
     )
 }
 
-/// The hints that have room, in the order of the table. The way out comes first when room is given away.
+/// The hints that have room, in the order of the table; in short words where they would not all fit. The way out
+/// comes first when room is given away, then what a failure at night asks for.
 fn fitting(scene: Scene, width: usize) -> Vec<(String, String)> {
-    let hints = hints(scene);
-    let is_way_out = |it: &Action| matches!(it, Action::Quit | Action::Back | Action::Dismiss | Action::No);
-    let mut room = width;
+    let mut hints = hints(scene);
+    let wide = |it: &(Action, String, String)| row::width_of(&it.1) + row::width_of(&it.2) + if it.2.is_empty() { 2 } else { 3 };
+    for action in SHORTENED {
+        if hints.iter().map(wide).sum::<usize>() < width {
+            break;
+        }
+        for (_, _, words) in hints.iter_mut().filter(|it| it.0 == action) {
+            if let Some(short) = shorter(action, words) {
+                *words = short;
+            }
+        }
+    }
+    let worth = |it: &Action| match it {
+        Action::Quit | Action::Back | Action::Dismiss | Action::No => 0,
+        Action::Retry | Action::Trigger | Action::Cancel | Action::Filter | Action::Palette => 1,
+        _ => 2,
+    };
+    // A blank stands before the first.
+    let mut room = width.saturating_sub(1);
     let mut taken = vec![false; hints.len()];
-    for way_out in [true, false] {
-        for (place, (_, key, words)) in hints.iter().enumerate().filter(|it| is_way_out(&it.1.0) == way_out) {
-            let wide = row::width_of(key) + row::width_of(words) + 3;
+    for turn in 0..=2 {
+        for (place, hint) in hints.iter().enumerate().filter(|it| worth(&it.1.0) == turn) {
             // A later, shorter one may still fit.
-            if wide <= room {
-                (room, taken[place]) = (room - wide, true);
+            if wide(hint) <= room {
+                (room, taken[place]) = (room - wide(hint), true);
             }
         }
     }
     hints.into_iter().zip(taken).filter(|it| it.1).map(|((_, key, words), _)| (key, words)).collect()
+}
+
+/// What loses words first: the keys that every tool has. Which stage is paused is said as long as it can be.
+const SHORTENED: [Action; 8] =
+    [Action::Filter, Action::Palette, Action::Back, Action::Enter, Action::Gantt, Action::Trigger, Action::Cancel, Action::TogglePause];
+
+/// The same in fewer letters, where the key alone says most of it.
+fn shorter(action: Action, words: &str) -> Option<String> {
+    Some(match action {
+        Action::TogglePause => words.split(' ').next()?.to_owned(),
+        Action::Gantt => words.trim_start_matches("over ").to_owned(),
+        Action::Cancel => "cancel".to_owned(),
+        Action::Trigger if words == "trigger" => "run".to_owned(),
+        Action::Filter | Action::Palette | Action::Back => String::new(),
+        Action::Enter if words == "commit record" => "record".to_owned(),
+        _ => return None,
+    })
 }
 
 fn typing(scene: Scene, mark: &'static str, text: &str, width: usize) -> Line<'static> {
@@ -76,11 +113,15 @@ fn shown(action: Action, key: &str) -> String {
 fn words(scene: Scene, action: Action) -> Option<String> {
     let (app, now) = (scene.app, scene.now);
     Some(match action {
+        // Where one reads, the help has it.
+        Action::TogglePause if app.zoomed && app.focus == Pane::Log => return None,
         Action::TogglePause => {
             let stage = app.pause_target(now);
             let verb = now.stage(stage).map_or("pause", |it| if it.wanted == Phase::Paused { "resume" } else { "pause" });
             format!("{verb} {stage}")
         }
+        // Where one looks at something else, the help has it.
+        Action::Faster if app.zoomed && app.focus != Pane::Stream => return None,
         Action::Faster => match now.wish.rate {
             Rate::PerSecond(rate) => match app.rate_wanted() {
                 Some(wanted) if wanted != rate => format!("{} tx/s, {} asked", grouped(rate.get().into()), grouped(wanted.get().into())),

@@ -3,8 +3,10 @@
 use ratatui::text::{Line, Span};
 
 use crate::{
-    pipeline::{command::StageName, supervise::Health},
+    embedded,
+    pipeline::{command::StageName, supervise::Health, verdict::Way},
     tui::{
+        keys::Pane,
         parts::{number, row},
         theme::{self, State},
     },
@@ -29,20 +31,29 @@ pub(super) fn title(scene: Scene<'_>, width: u16) -> Line<'_> {
 /// One word where all is as it should be, else the stages that are not.
 fn stages(scene: Scene) -> Vec<Span<'static>> {
     let hosted = || scene.now.stages.iter().filter(|(_, it)| it.health != Health::Off);
-    let odd: Vec<(StageName, (State, &str))> =
-        hosted().map(|(name, it)| (*name, theme::of_stage(*name, it, scene.now.at))).filter(|(_, (state, _))| *state != State::Running).collect();
     if hosted().next().is_none() {
         return vec![scene.mark(State::Idle, "no stage yet")];
     }
-    if odd.is_empty() {
+    // What stages stand on comes first: with a service down, all that run are no comfort.
+    let ailing = scene.now.services.iter().filter(|(_, it)| matches!(it, embedded::Health::Ailing(_)));
+    let mut marks: Vec<(State, String)> = ailing.map(|(name, _)| (State::Late, format!("{name} ailing"))).collect();
+    if scene.now.ending.is_some() {
+        marks.push((State::Waiting, "draining".to_owned()));
+    }
+    // In an end the bank has ended and the schedule is held, as they should.
+    let expected = |name: StageName, state: State| scene.now.ending.is_some() && matches!(state, State::Idle | State::Waiting) && name != StageName::Mail;
+    let stages = hosted().map(|(name, it)| (*name, theme::of_stage(*name, it, scene.now.at)));
+    let odd = stages.filter(|(name, (state, _))| *state != State::Running && !expected(*name, *state));
+    marks.extend(odd.map(|(name, (state, word))| (state, format!("{name} {word}"))));
+    if marks.is_empty() {
         return vec![scene.mark(State::Running, "all stages running")];
     }
     let mut spans = Vec::new();
-    for (name, (state, word)) in odd {
+    for (state, words) in marks {
         if !spans.is_empty() {
             spans.push(scene.dim(" · "));
         }
-        spans.push(scene.mark(state, &format!("{name} {word}")));
+        spans.push(scene.mark(state, &words));
     }
     spans
 }
@@ -61,15 +72,61 @@ pub(super) fn sentence(scene: Scene) -> (State, String) {
     }
 }
 
-pub(super) fn verdict(scene: Scene, width: u16, lines_max: usize) -> Vec<Line<'static>> {
+/// The keys that lead out, as they work here.
+fn hint(scene: Scene) -> Option<String> {
+    let (app, now) = (scene.app, scene.now);
+    if app.silent.is_some() {
+        return None;
+    }
+    Some(match now.verdict.way.as_ref()? {
+        Way::Retry { .. } if app.zoomed && app.focus == Pane::Dags => "Enter log · r retry".to_owned(),
+        Way::Retry { .. } => "3 Enter log · r retry".to_owned(),
+        Way::Resume { stages } => {
+            let here = app.pause_target(now);
+            // On the screen of another stage the key is for that one.
+            let elsewhere = || stages.first().map(|it| format!(":resume {it}"));
+            if stages.contains(&here) { format!("p resumes {here}") } else { elsewhere()? }
+        }
+        Way::Trigger { .. } => "t starts a run".to_owned(),
+    })
+}
+
+/// Always as many lines, however much there is to say: what stands below does not move when something fails.
+pub(super) fn verdict(scene: Scene, width: u16, count: usize) -> Vec<Line<'static>> {
     let (state, text) = sentence(scene);
     let style = scene.theme.state(state);
-    let width = usize::from(width).saturating_sub(4);
-    let mut lines = row::wrap(&text, width);
-    if lines.len() > lines_max {
-        let rest = lines.split_off(lines_max - 1).join(" ");
-        lines.push(row::clip(&rest, width));
-    }
+    let lines = said(&text, hint(scene).as_deref(), usize::from(width).saturating_sub(4), count);
     let marks = std::iter::once(state.glyph()).chain(std::iter::repeat(" "));
     lines.into_iter().zip(marks).map(|(line, mark)| Line::styled(format!(" {mark} {line}"), style)).collect()
+}
+
+/// The sentence and its keys on `count` lines. The keys are never broken; what gives way is the end of the sentence.
+fn said(text: &str, hint: Option<&str>, width: usize, count: usize) -> Vec<String> {
+    let mut lines = row::wrap(text, width);
+    let whole = lines.len() <= count;
+    let hint = hint.map(|it| format!(" · {it}")).filter(|it| row::width_of(it) * 2 <= width).unwrap_or_default();
+    let last = lines.len().min(count).saturating_sub(1);
+    let fits = lines.get(last).is_some_and(|it| row::width_of(it) + row::width_of(&hint) <= width);
+    if whole && !fits && lines.len() < count {
+        lines.push(hint.trim_start_matches(" · ").to_owned());
+    } else if let Some(line) = lines.get(last).cloned() {
+        let rest = lines.split_off(last).join(" ");
+        let short = if whole && fits { line } else { row::clip(&rest, width.saturating_sub(row::width_of(&hint))) };
+        lines.push(short + &hint);
+    }
+    lines.resize(count, String::new());
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::said;
+
+    #[test]
+    fn keys_are_never_broken_and_the_lines_are_always_as_many() {
+        assert_eq!(said("all well", Some("p"), 20, 2), ["all well · p", ""]);
+        assert_eq!(said("one two three four", Some("r retry"), 20, 2), ["one two three four", "r retry"]);
+        assert_eq!(said("one two three four five six seven", Some("r retry"), 20, 2), ["one two three four", "five six … · r retry"]);
+        assert_eq!(said("one two three four five six seven eight nine", None, 20, 2), ["one two three four", "five six seven eigh…"]);
+    }
 }

@@ -57,7 +57,8 @@ fn tables(scene: Scene<'_>) -> Vec<(&str, &TableStats)> {
 }
 
 fn head(scene: Scene<'_>, wide: bool, width: usize) -> Line<'_> {
-    let left = format!(" {:<NAME$}{:>6}{:>10}", "table", "files", "rows");
+    // Beside the stream's totals, which are of all times.
+    let left = format!(" {:<NAME$}{:>6}{:>10}", "since start", "files", "rows");
     let left = if wide { format!("{left}{:>12}", "bytes") } else { left };
     row::ends(Line::from(scene.dim(left)), Line::from(scene.dim(if wide { "unlanded " } else { "waits " })), width)
 }
@@ -124,7 +125,7 @@ pub(super) fn screen(frame: &mut Frame, area: Rect, scene: Scene) {
 }
 
 fn wide_head() -> String {
-    format!(" {:<NAME$}{:>7}{:>11}{:>10}{:>8}{:>10}{:>12}", "table", "files", "rows", "bytes", "open", "unlanded", "to load")
+    format!(" {:<NAME$}{:>7}{:>11}{:>10}{:>8}{:>10}{:>12}", "since start", "files", "rows", "bytes", "open", "unlanded", "to load")
 }
 
 /// Everything about a table, the warehouse's backlog included.

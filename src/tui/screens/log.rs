@@ -1,8 +1,11 @@
-//! The log as it comes in, one line an event; on its own screen with levels and a filter.
+//! The log as it comes in, one line an event; on its own screen each event to its end, with levels and a filter.
 
 use std::{
     str::FromStr as _,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use ratatui::{
@@ -26,20 +29,17 @@ use crate::tui::{
 
 use super::Scene;
 
-/// Stands where the widget insists on a line.
-const NOTHING: &str = "·";
-
 pub(super) fn pane(frame: &mut Frame, area: Rect, scene: Scene) {
     let inside = super::boxed(frame, area, scene, Pane::Log, frozen(scene));
     // Another state than the screen's: the overview follows, however far the screen was scrolled.
-    draw(frame, inside, scene, &TuiWidgetState::new());
+    draw(frame, inside, scene, &TuiWidgetState::new(), Lines::Clipped);
 }
 
 pub(super) fn screen(frame: &mut Frame, area: Rect, scene: Scene) {
     let inside = super::boxed(frame, area, scene, Pane::Log, frozen(scene));
     let [head, list] = Layout::vertical([Constraint::Length(1), Constraint::Min(1)]).areas(inside);
     frame::lines(frame, head, vec![levels(scene, head.width.into())]);
-    draw(frame, list, scene, scene.log);
+    draw(frame, list, scene, scene.log, Lines::Whole);
 }
 
 fn frozen(scene: Scene) -> Line<'static> {
@@ -72,15 +72,30 @@ fn levels(scene: Scene, width: usize) -> Line<'static> {
     line
 }
 
-fn draw(frame: &mut Frame, area: Rect, scene: Scene, state: &TuiWidgetState) {
+/// How an event that is longer than the pane is wide is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lines {
+    /// One line an event: many are seen.
+    Clipped,
+    /// As many as it takes: all of it is read.
+    Whole,
+}
+
+fn draw(frame: &mut Frame, area: Rect, scene: Scene, state: &TuiWidgetState, lines: Lines) {
+    let formatter = Formatter::new(LogView::of(scene.app, scene.theme), lines);
+    let any = Arc::clone(&formatter.any);
+    frame.render_widget(TuiLoggerWidget::default().formatter(Box::new(formatter)).style(Style::new()).state(state), area);
+    if any.load(Ordering::Relaxed) {
+        return;
+    }
+    let filter = scene.filter(Pane::Log);
     let nothing = match scene.app.owned {
-        true => " Stages say here what they do.",
-        false => " The pipeline logs in its own process: 6 Enter reads that here, and follows it.",
+        _ if !filter.is_empty() => format!(" Nothing in the log contains \"{filter}\" at the levels above. Esc shows all."),
+        true => " Stages say here what they do.".to_owned(),
+        false => " The pipeline logs in its own process: 6 Enter reads that here, and follows it.".to_owned(),
     };
     // Plain: what lies on top takes over the style of the cells that it does not set.
-    frame::lines(frame, area, row::wrap(nothing, area.width.into()).into_iter().map(Line::from).collect());
-    let formatter = OneLine { view: LogView::of(scene.app, scene.theme), is_first: AtomicBool::new(true) };
-    frame.render_widget(TuiLoggerWidget::default().formatter(Box::new(formatter)).style(Style::new()).state(state), area);
+    frame::lines(frame, area, row::wrap(&nothing, area.width.into()).into_iter().map(Line::from).collect());
 }
 
 /// Which lines are seen, and how.
@@ -91,7 +106,7 @@ pub(in crate::tui) struct LogView {
     logs: Logs,
 }
 
-/// Lines that a copy of the log holds at most, and their width; longer ones end in `…`.
+/// Lines that a copy of the log holds at most, and their width; longer ones go on in the next.
 const SAVED: (u16, u16) = (400, 2_000);
 
 impl LogView {
@@ -111,32 +126,41 @@ impl LogView {
     pub(in crate::tui) fn lines(self) -> Vec<String> {
         let area = Rect::new(0, 0, SAVED.0, SAVED.1);
         let mut buffer = Buffer::empty(area);
-        let formatter = OneLine { view: self, is_first: AtomicBool::new(true) };
+        let formatter = Formatter::new(self, Lines::Whole);
         TuiLoggerWidget::default().formatter(Box::new(formatter)).style(Style::new()).state(&TuiWidgetState::new()).render(area, &mut buffer);
         let rows = buffer.content.chunks(SAVED.0.into()).map(|row| row.iter().map(|cell| cell.symbol()).collect::<String>().trim_end().to_owned());
-        rows.filter(|it| !it.is_empty() && it != NOTHING).collect()
+        rows.filter(|it| !it.is_empty()).collect()
     }
 }
 
-/// `12:03:04 INFO  lake      object put rows: 44059`. What the filter does not hold takes no line.
-struct OneLine {
+/// `12:03:04 INFO  lake: object put rows=44059`. What the filter does not hold takes no line.
+struct Formatter {
     view: LogView,
-    /// The widget cannot start from an event without a line, so the first one always has one.
+    lines: Lines,
+    /// Whether any event was shown.
+    any: Arc<AtomicBool>,
+    /// The widget cannot start from an event without a line, so the first one always has one, if need be an empty one.
     is_first: AtomicBool,
 }
 
-impl LogFormatter for OneLine {
+impl Formatter {
+    fn new(view: LogView, lines: Lines) -> Self {
+        Self { view, lines, any: Arc::default(), is_first: AtomicBool::new(true) }
+    }
+}
+
+impl LogFormatter for Formatter {
     fn min_width(&self) -> u16 {
         10
     }
 
     fn format(&self, width: usize, event: &ExtLogRecord) -> Vec<Line<'_>> {
         let is_first = self.is_first.swap(false, Ordering::Relaxed);
-        let room = room_of(event.target());
-        let text = message_first(&event.msg().replace('\n', " "));
-        if !self.view.shows(event, room, &text) {
-            return if is_first { vec![Line::styled(NOTHING, self.view.theme.dim())] } else { Vec::new() };
+        let (room, text) = (room_of(event.target()), event.msg().trim());
+        if !self.view.shows(event, room, text) {
+            return if is_first { vec![Line::default()] } else { Vec::new() };
         }
+        self.any.store(true, Ordering::Relaxed);
         let style = match event.level.as_str() {
             "ERROR" => self.view.theme.state(State::Failed),
             "WARN" => self.view.theme.state(State::Late),
@@ -144,24 +168,21 @@ impl LogFormatter for OneLine {
             _ => Style::new(),
         };
         let at = event.timestamp.timestamp().strftime("%H:%M:%S");
-        vec![Line::styled(row::fit(&format!(" {at} {:<5} {} {text}", event.level.as_str(), row::fit(room, 9)), width), style)]
+        let head = format!(" {at} {:<5} ", event.level.as_str());
+        laid_out(&head, &format!("{room}: {text}"), width, self.lines).into_iter().map(|it| Line::styled(it, style)).collect()
     }
 }
 
-/// Fields come sorted by name, with the message among them as `message` would be: what stands before it goes behind it.
-///
-/// A value of several words hides where it ends; then the line stays as it came.
-fn message_first(text: &str) -> String {
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let is_name = |it: &str| !it.is_empty() && it.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_.".contains(&byte));
-    let mut before = "";
-    let mut fields = 0;
-    while let Some(name) = words.get(fields * 2).and_then(|it| it.strip_suffix(':')).filter(|it| is_name(it) && *it > before && *it < "message") {
-        before = name;
-        fields += 1;
+/// An event's lines; those after the first stand under its words.
+fn laid_out(head: &str, words: &str, width: usize, lines: Lines) -> Vec<String> {
+    match lines {
+        Lines::Clipped => vec![row::fit(&format!("{head}{}", words.replace('\n', " ")), width)],
+        Lines::Whole => {
+            let under = " ".repeat(head.len());
+            let wrapped = row::wrap(words, width.saturating_sub(head.len()).max(1));
+            wrapped.into_iter().enumerate().map(|(n, it)| format!("{}{it}", if n == 0 { head } else { &under })).collect()
+        }
     }
-    let (first, rest) = words.split_at((fields * 2).min(words.len()));
-    if rest.is_empty() { words.join(" ") } else { rest.iter().chain(first).copied().collect::<Vec<_>>().join(" ") }
 }
 
 /// The room that speaks: `lake` of `ledgerline::lake::ship`; of a library its name.
@@ -179,11 +200,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_message_comes_before_its_fields() {
-        assert_eq!(message_first(" dag_id: D run started run_id: r"), "run started run_id: r dag_id: D");
-        assert_eq!(message_first(" topic created topic: bank.message"), "topic created topic: bank.message");
-        assert_eq!(message_first(" first_time: true lane: l[0] lane is read position: 0"), "lane is read position: 0 first_time: true lane: l[0]");
-        assert_eq!(message_first(" stage: lake"), "stage: lake");
+    fn a_long_event_is_read_to_its_end_on_the_screen_and_clipped_in_the_pane() {
+        let (head, words) = (" 12:03:04 WARN  ", "dag: try failed task_id=dbt_analytics error=\"relation does not exist\"");
+        let whole = laid_out(head, words, 44, Lines::Whole);
+        assert_eq!(whole[0], " 12:03:04 WARN  dag: try failed");
+        assert_eq!(whole[1], "                 task_id=dbt_analytics".replacen(' ', "", 1));
+        assert!(whole.last().is_some_and(|it| it.ends_with("exist\"")), "{whole:?}");
+        let clipped = laid_out(head, words, 44, Lines::Clipped);
+        assert!(clipped.len() == 1 && clipped[0].ends_with('…'), "{clipped:?}");
     }
 
     #[test]

@@ -32,6 +32,9 @@ use super::{
 /// Below this only the verdict is shown.
 const SMALLEST: (u16, u16) = (60, 15);
 
+/// From here on the verdict has two lines.
+const ROOMY: u16 = 24;
+
 /// From here on two panes have room side by side; below it a number would be cut.
 const TWO_COLUMNS: (u16, u16) = (80, 21);
 
@@ -89,7 +92,7 @@ pub(super) fn draw(frame: &mut Frame, scene: Scene) {
     if area.width < SMALLEST.0 || area.height < SMALLEST.1 {
         tiny(frame, area, scene);
     } else {
-        let verdict = header::verdict(scene, area.width, if area.height >= 30 { 3 } else { 2 });
+        let verdict = header::verdict(scene, area.width, if area.height >= ROOMY { 2 } else { 1 });
         let lines = u16::try_from(verdict.len()).unwrap_or(1);
         let [title, said, body, foot] =
             Layout::vertical([Constraint::Length(1), Constraint::Length(lines), Constraint::Min(0), Constraint::Length(1)]).areas(area);

@@ -19,9 +19,6 @@ use crate::{
 
 use super::{Scene, dags, dbt, lake};
 
-/// Suggestions shown while a command is typed.
-const SUGGESTIONS: usize = 8;
-
 pub(super) fn draw(frame: &mut Frame, scene: Scene) {
     match &scene.app.on_top {
         None | Some(OnTop::Filter { .. }) => {}
@@ -152,7 +149,7 @@ fn room_of(frame: &Frame) -> u16 {
 }
 
 fn ask(frame: &mut Frame, scene: Scene, question: &Question) {
-    let keys = Line::from(vec![scene.strong("y"), Span::raw(" yes   "), scene.strong("n"), Span::raw(" no")]);
+    let keys = Line::from(vec![scene.strong("y"), Span::raw(" yes   "), scene.strong("n Esc"), Span::raw(" no")]);
     let width = usize::from(frame.area().width).saturating_sub(6);
     let (title, mut lines) = match question {
         Question::Quit if scene.app.owned => (
@@ -193,8 +190,14 @@ fn suggest(frame: &mut Frame, scene: Scene, text: &str) {
     let row = |it: &&(&str, &str, &'static str)| Line::from(vec![scene.strong(format!("{:>9} ", it.0)), Span::raw(format!("{:<9}", it.1)), scene.dim(it.2)]);
     let matching = palette::matching(text);
     let words = palette::words(text, scene.now);
-    let mut lines: Vec<Line> = matching.iter().take(if words.is_empty() { SUGGESTIONS } else { 1 }).map(row).collect();
-    lines.extend(words.into_iter().take(SUGGESTIONS).map(|it| Line::from(format!("{:>9} {it}", ""))));
+    let mut lines: Vec<Line> = matching.iter().take(if words.is_empty() { matching.len() } else { 1 }).map(row).collect();
+    lines.extend(words.into_iter().map(|it| Line::from(format!("{:>9} {it}", ""))));
+    let room = usize::from(room_of(frame)).max(1);
+    if lines.len() > room {
+        let hidden = lines.len() - room + 1;
+        lines.truncate(room - 1);
+        lines.push(Line::from(scene.dim(format!("          … {hidden} more: a letter narrows them down"))));
+    }
     if lines.is_empty() {
         lines.push(Line::from(scene.dim("no such command")));
     }

@@ -55,10 +55,12 @@ pub(super) fn empty() -> Snapshot {
         mail: Default::default(),
         flow: BTreeMap::new(),
         flowing_since: None,
+        ending: None,
         rss_bytes: 120 << 20,
         rss_peak_bytes: 150 << 20,
         verdict: Verdict::default(),
     };
+    snapshot.refresh.earlier = Some(Default::default());
     snapshot.dag.dags[0].next_start = Some(noon() + TimeDelta::seconds(12));
     judged(snapshot)
 }
@@ -238,6 +240,7 @@ fn run_of(dag_id: &str, tasks: &[&str], began: i64) -> Arc<RunStats> {
         seconds: Some(1.6),
         triggered_by: None,
         triggered: Vec::new(),
+        cancelled: false,
         tasks: tasks.iter().enumerate().map(task).collect(),
     })
 }

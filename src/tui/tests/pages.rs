@@ -152,7 +152,7 @@ fn the_log_is_tuned_by_room_frozen_and_saved() {
     let mut app = App::new(true);
     assert_eq!(press(&mut app, &now, "6 Space"), []);
     assert!(app.logs.frozen_at.is_some());
-    assert_eq!(press(&mut app, &now, "Space l + w"), [Effect::SaveLog]);
+    assert_eq!(press(&mut app, &now, "Space l + w"), [Effect::Hear, Effect::SaveLog]);
     assert_eq!(app.logs.frozen_at, None);
     assert_eq!(app.logs.level_of("bank"), (tui_logger::LevelFilter::Debug, true));
     let text = picture(&now, &mut app, (120, 36));
@@ -182,5 +182,5 @@ fn a_run_is_seen_over_time_in_the_smallest_window() {
         assert!(text.contains(part), "{part} in\n{text}");
     }
     press(&mut app, &now, "Space");
-    assert!(picture(&now, &mut app, (80, 24)).contains("Space over time"));
+    assert!(picture(&now, &mut app, (80, 24)).contains("Space time"));
 }

@@ -59,6 +59,17 @@ fn every_screen_reads_well_while_all_is_well_and_while_it_is_not() {
 }
 
 #[test]
+fn the_keys_that_matter_stand_in_the_footer_of_the_smallest_window() {
+    for now in [busy(), failing()] {
+        let text = picture(&now, &mut on_screen(Pane::Dags, &now), (80, 24));
+        let footer = text.lines().last().unwrap_or_default();
+        for key in [" t ", " / ", " : ", " Esc ", " q "] {
+            assert!(footer.contains(key), "{key:?} in {footer:?}");
+        }
+    }
+}
+
+#[test]
 fn questions_say_what_they_touch() {
     let now = failing();
     let mut app = App::new(true);

@@ -11,6 +11,7 @@ use crate::{
     refresh::{LOADING, TRANSFORMATION},
     stage::Phase,
     tui::{
+        Left,
         app::{App, Effect, OnTop, Purpose, Question},
         keys::{self, Pane},
     },
@@ -117,6 +118,20 @@ fn r_asks_what_it_would_run_then_asks_the_operator_then_runs_it() {
 }
 
 #[test]
+fn only_y_says_yes_and_a_key_that_means_nothing_to_a_question_says_so() {
+    let now = busy();
+    let mut app = App::new(true);
+    press(&mut app, &now, "q");
+    for key in ["4", "Enter", "Tab"] {
+        assert_eq!(press(&mut app, &now, key), [], "{key}");
+        assert_eq!(app.on_top, Some(OnTop::Question(Question::Quit)), "{key}");
+        assert!(app.message.take().is_some_and(|it| it.text.contains("y says yes")), "{key}");
+    }
+    assert_eq!(press(&mut app, &now, "Esc"), []);
+    assert_eq!(app.on_top, None);
+}
+
+#[test]
 fn what_is_asked_in_vain_says_why() {
     let now = busy();
     let mut app = App::new(true);
@@ -190,7 +205,9 @@ fn commands_are_typed_by_name() {
     assert_eq!(typed("quit").1.on_top, Some(OnTop::Question(Question::Quit)));
     let (effects, app) = typed("puase");
     assert_eq!(effects, []);
-    assert!(app.message.unwrap().text.contains("the nearest is pause"));
+    assert!(app.message.unwrap().text.contains("did you mean pause?"));
+    let (_, app) = typed("nope");
+    assert_eq!(app.message.unwrap().text, "there is no command \"nope\"; : lists them");
     let (_, app) = typed("rate 0");
     assert!(app.message.unwrap().text.contains("is not a rate"));
     let mut app = App::new(true);
@@ -203,9 +220,9 @@ fn leaving_asks_and_a_second_interrupt_does_not() {
     let now = empty();
     let mut app = App::new(true);
     assert_eq!(press(&mut app, &now, "q n"), []);
-    assert_eq!(press(&mut app, &now, "q y"), [Effect::Quit]);
-    assert_eq!(press(&mut App::new(false), &now, "^c ^c"), [Effect::Quit]);
-    assert_eq!(press(&mut App::new(true), &now, ": x ^c ^c"), [Effect::Quit]);
+    assert_eq!(press(&mut app, &now, "q y"), [Effect::Leave(Left::Quit)]);
+    assert_eq!(press(&mut App::new(false), &now, "^c ^c"), [Effect::Leave(Left::Interrupted)]);
+    assert_eq!(press(&mut App::new(true), &now, ": x ^c ^c"), [Effect::Leave(Left::Interrupted)]);
     assert_eq!(press(&mut App::new(true), &now, "? ^z Esc ^l"), [Effect::Suspend, Effect::Redraw]);
 }
 

@@ -161,9 +161,9 @@ async fn console() -> io::Result<()> {
         cli::Command::Attach(look) => look,
         other => unreachable!("{other:?}"),
     };
-    let left = super::super::run(Watched { snapshots, commander, folder, owned: true }, &look, &stop).await;
+    let left = super::super::run(Watched { snapshots, commander, folder, hear: |_| {}, owned: true }, &look, &stop).await;
     publishing.abort();
-    left
+    left.map(drop)
 }
 
 #[test]
