@@ -1,4 +1,5 @@
-//! What an operator may ask of a capture without running it: how slot and publication stand, and to drop both.
+//! What an operator may ask of a capture without running it: how slot and publication stand, to make what it needs, and to
+//! drop slot and publication.
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -7,12 +8,13 @@ use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use super::{
     Config, Engine, debezium,
     error::Error,
+    prepare,
     progress::{Progress, Store},
     slot::{self, Slot},
     source::{self, Source, quoted},
     stats::{Connector, SlotHealth},
 };
-use crate::{change::Lsn, secret::Secret};
+use crate::{change::Lsn, secret::Secret, stream};
 
 /// The slot is a responsibility: what it holds back on the source, and how far its reader is.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -62,6 +64,60 @@ pub struct Removal {
     pub wal_freed_bytes: u64,
 }
 
+/// What [`apply`] made, or would make.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Applied {
+    pub engine: Engine,
+    pub dry_run: bool,
+    pub publication: String,
+    pub publication_created: bool,
+    pub tables_added: Vec<String>,
+    /// Tables of a pattern that have rows from before they could be captured.
+    pub tables_left_out: Vec<String>,
+    pub topics_created: Vec<String>,
+    pub slot: String,
+    #[serde(flatten)]
+    pub slot_step: SlotStep,
+    /// The first start will read the rows that exist, and make the slot anew for it: both must see the same moment.
+    pub snapshot_comes: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "slot_step", rename_all = "snake_case")]
+pub enum SlotStep {
+    /// None: it would be.
+    Made {
+        lsn: Option<Lsn>,
+    },
+    Kept {
+        confirmed: Lsn,
+        active: bool,
+    },
+    /// Debezium makes its slot itself, when the connector first starts.
+    LeftToConnector,
+}
+
+impl Applied {
+    /// Whether everything was as the configuration says.
+    pub fn is_unchanged(&self) -> bool {
+        let made = matches!(self.slot_step, SlotStep::Made { .. });
+        !(self.publication_created || made) && self.tables_added.is_empty() && self.topics_created.is_empty()
+    }
+}
+
+/// Brings publication, slot and topics to what the configuration says, without starting to stream; the same checks as a start.
+/// What is there already stays as it is, so a second call changes nothing. With `dry_run` only says what it would do.
+pub async fn apply(
+    source: &Secret,
+    state: &Secret,
+    bootstrap_servers: &str,
+    stream: &stream::Config,
+    config: &Config,
+    dry_run: bool,
+) -> Result<Applied, Error> {
+    prepare::apply(source, state, bootstrap_servers, stream, config, dry_run).await
+}
+
 /// Reads how the capture stands from the source and the state database.
 pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Result<Standing, Error> {
     let source = Source::new(source)?;
@@ -70,9 +126,7 @@ pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Resul
     let source_lsn = source::flushed_wal(&mut connection).await?;
     let publication_exists = publication_exists(&mut connection, &config.publication).await?;
     let _ = connection.close().await;
-    let mut store = Store::open(state, &config.topic_prefix).await?;
-    let progress = store.read().await?;
-    store.close().await;
+    let progress = Store::look(state, &config.topic_prefix).await?;
     let (connector, connect_trouble) = match config.engine {
         Engine::Native => (None, None),
         Engine::Debezium => debezium::admin::look(&source, config).await,

@@ -173,7 +173,6 @@ impl Diagnose for Error {
 fn connect_fault(status: u16) -> Fault {
     match status {
         401 | 403 => Fault::Operator("name a user in cdc.connect_url and set LEDGERLINE__CDC__CONNECT_PASSWORD".to_owned()),
-        404 => Fault::Operator("correct cdc.connect_url: what answers there is not Kafka Connect's REST".to_owned()),
         409 | 500.. => Fault::Transient,
         _ => Fault::Operator("correct what Kafka Connect names; its worker's log has the whole story".to_owned()),
     }

@@ -21,7 +21,6 @@ mod dead_letter;
 mod debezium;
 mod envelope;
 mod error;
-mod ground;
 mod health;
 mod heartbeat;
 mod json;
@@ -29,6 +28,7 @@ mod ledger;
 mod moments;
 mod native;
 mod pgoutput;
+mod prepare;
 mod progress;
 mod sending;
 mod slot;
@@ -41,7 +41,7 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    admin::{Removal, SnapshotState, Standing, has_slot, remove, standing},
+    admin::{Applied, Removal, SlotStep, SnapshotState, Standing, apply, has_slot, remove, standing},
     error::{Error, Poison},
     progress::{LaneEnd, SnapshotEnds, snapshot_ends},
     source::wal_position,

@@ -21,9 +21,9 @@ use super::{
     Config, SnapshotMode, catalog,
     envelope::Envelope,
     error::Error,
-    ground,
     health::{self, Health},
     heartbeat::{self, Memory, Position},
+    prepare,
     progress::{LaneEnd, Store},
     sending::Flow,
     slot::{self, Replication, Start},
@@ -175,11 +175,11 @@ impl Capture {
         let name = self.config.slot.clone();
         let found = slot::wait_until_free(&mut connection, &name, |text| self.tell(control, Step::Connecting, Some(text))).await?;
         let start = slot::decide(&name, &self.source.database, found.as_ref(), progress.as_ref())?;
-        let published = ground::publish(&mut connection, &self.config, &tables, matches!(start, Start::Resume { .. })).await?;
+        let published = prepare::publish(&mut connection, &self.config, &tables, matches!(start, Start::Resume { .. }), false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
         let asking = topics::Topics::connect(&self.bootstrap_servers)?;
-        let bytes_max = ground::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
+        let bytes_max = prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         let producer = Arc::new(Producer::new(&self.bootstrap_servers, bytes_max)?);
         let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
         let (client, snapshot, confirmed, last_commit) = match start {
@@ -189,7 +189,7 @@ impl Capture {
             }
             Start::Fresh | Start::Over => {
                 if start == Start::Over {
-                    tracing::warn!(slot = name, "the snapshot was cut short, starting over");
+                    tracing::warn!(slot = name, "no snapshot was finished with this slot, starting over");
                     slot::drop_slot(&mut connection, &name).await?;
                 }
                 let (client, snapshot) = self.begin(&mut store, &asking, &producer, &mut envelope, &tables, control).await?;
@@ -237,10 +237,8 @@ impl Capture {
         tables: &BTreeSet<TableId>,
         control: &Control<Stats>,
     ) -> Result<(Replication, Lsn), Error> {
-        store.begin(&self.config.slot).await?;
         self.tell(control, Step::Snapshot, Some("the slot is being made; it waits for transactions that are open on the source".to_owned()));
-        let made = slot::create(&self.source, &self.config.slot, &self.config.publication).await?;
-        store.made(made.consistent_point).await?;
+        let made = prepare::make_slot(store, &self.source, &self.config).await?;
         let mut ends = Vec::new();
         if self.config.snapshot == SnapshotMode::Initial {
             tracing::info!(tables = tables.len(), lsn = %made.consistent_point, "taking the snapshot");

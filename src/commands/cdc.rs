@@ -1,9 +1,9 @@
-//! `cdc status` and `cdc remove`.
+//! `cdc status`, `cdc apply` and `cdc remove`.
 
 use serde::Serialize;
 
 use crate::{
-    cdc::{self, Removal, SnapshotState, Standing, Stats},
+    cdc::{self, Applied, Removal, SlotStep, SnapshotState, Standing, Stats},
     cli::{self, CdcCommand, Output},
     config::Loaded,
     exit::{Exit, Failure},
@@ -32,6 +32,7 @@ struct Report {
 pub(super) async fn cdc(loaded: &Loaded, command: CdcCommand) -> Result<Exit, Failure> {
     match command {
         CdcCommand::Status(output) => status(loaded, &output).await,
+        CdcCommand::Apply(flags) => apply(loaded, &flags).await,
         CdcCommand::Remove(flags) => remove(loaded, &flags).await,
     }
 }
@@ -51,10 +52,7 @@ async fn status(loaded: &Loaded, output: &Output) -> Result<Exit, Failure> {
         };
         Ok(Status { schema: 1, standing, running })
     };
-    let asked = tokio::select! {
-        asked = asked => asked,
-        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted")),
-    };
+    let asked = super::unless_interrupted(&interrupted, asked).await;
     reach.release().await;
     let status = asked?;
     if output.json {
@@ -103,6 +101,62 @@ fn shown(status: &Status) -> String {
     }
 }
 
+#[derive(Serialize)]
+struct Preparation {
+    schema: u32,
+    #[serde(flatten)]
+    applied: Applied,
+    unchanged: bool,
+}
+
+async fn apply(loaded: &Loaded, flags: &cli::Apply) -> Result<Exit, Failure> {
+    let config = &loaded.config;
+    let interrupted = super::interrupts();
+    let reach = super::Reach::take(loaded, Needs { stream: true, ..Needs::POSTGRES }, &interrupted).await?;
+    let addresses = &reach.addresses;
+    let applying = async {
+        let applied = cdc::apply(&addresses.source, &addresses.state, &addresses.kafka, &config.stream, &config.cdc, flags.dry_run).await;
+        applied.map_err(|error| Failure::from_error(&error))
+    };
+    let applied = super::unless_interrupted(&interrupted, applying).await;
+    reach.release().await;
+    let applied = applied?;
+    if flags.output.json {
+        super::print_json(&Preparation { schema: 1, unchanged: applied.is_unchanged(), applied })?;
+    } else {
+        super::print(&applied_text(&applied))?;
+    }
+    Ok(Exit::Right)
+}
+
+fn applied_text(applied: &Applied) -> String {
+    let would = if applied.dry_run { "would be " } else { "" };
+    let mut text = format!("publication  {}", applied.publication);
+    text += &match (applied.publication_created, applied.tables_added.as_slice()) {
+        (true, tables) => format!(" {would}created for {}\n", tables.join(", ")),
+        (false, []) => " is as it should be\n".to_owned(),
+        (false, tables) => format!(" {would}extended by {}\n", tables.join(", ")),
+    };
+    if !applied.tables_left_out.is_empty() {
+        text += &format!("             left out, because they have rows from before: {}\n", applied.tables_left_out.join(", "));
+    }
+    text += &match applied.topics_created.as_slice() {
+        [] => "topics       are all there\n".to_owned(),
+        topics => format!("topics       {would}created: {}\n", topics.join(", ")),
+    };
+    text += &format!("slot         {}", applied.slot);
+    text += &match &applied.slot_step {
+        SlotStep::Made { lsn: Some(lsn) } => format!(" created at {lsn}: the source keeps WAL for it from now on\n"),
+        SlotStep::Made { lsn: None } => format!(" {would}created\n"),
+        SlotStep::Kept { confirmed, active } => format!(" exists, confirmed {confirmed}{}\n", if *active { ", being read" } else { "" }),
+        SlotStep::LeftToConnector => " is made by the connector when it first starts\n".to_owned(),
+    };
+    if applied.snapshot_comes && applied.slot_step != SlotStep::LeftToConnector {
+        text += "             the first start makes it anew, in one moment with the snapshot of the rows that exist\n";
+    }
+    text
+}
+
 async fn remove(loaded: &Loaded, flags: &cli::Remove) -> Result<Exit, Failure> {
     let config = &loaded.cdc();
     let interrupted = super::interrupts();
@@ -123,10 +177,7 @@ async fn remove(loaded: &Loaded, flags: &cli::Remove) -> Result<Exit, Failure> {
         let removal = cdc::remove(source, config, false).await.map_err(|error| Failure::from_error(&error))?;
         Ok(Report { schema: 1, removal, removed: true })
     };
-    let report = tokio::select! {
-        report = removing => report,
-        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted")),
-    };
+    let report = super::unless_interrupted(&interrupted, removing).await;
     services.stop().await;
     let report = report?;
     if flags.output.json {

@@ -26,8 +26,12 @@ pub(super) async fn dag(loaded: &Loaded, command: cli::Dag) -> Result<Exit, Fail
         cli::Dag::Runs { dag_id, limit, output } => runs(loaded, &dag_id, limit, &output).await,
         cli::Dag::Show { dag_id, run_id, output } => show(loaded, &dag_id, run_id, &output).await,
         cli::Dag::Trigger { dag_id, dry_run, output } => order(loaded, Command::Trigger { dag_id, dry_run }, &output).await,
-        cli::Dag::Retry { dag_id, task_id, run_id, dry_run, output } => order(loaded, Command::Retry { dag_id, run_id, task_id, dry_run }, &output).await,
-        cli::Dag::Clear { dag_id, task_id, run_id, dry_run, output } => order(loaded, Command::Clear { dag_id, run_id, task_id, dry_run }, &output).await,
+        cli::Dag::Retry(cli::Task { dag_id, task_id, run_id, dry_run, output }) => {
+            order(loaded, Command::Retry { dag_id, run_id, task_id, dry_run }, &output).await
+        }
+        cli::Dag::Clear(cli::Task { dag_id, task_id, run_id, dry_run, output }) => {
+            order(loaded, Command::Clear { dag_id, run_id, task_id, dry_run }, &output).await
+        }
         cli::Dag::Cancel { dag_id, dry_run, output } => order(loaded, Command::Cancel { dag_id, dry_run }, &output).await,
     }
 }
@@ -142,7 +146,7 @@ async fn with_history<T>(loaded: &Loaded, read: impl AsyncFnOnce(&History) -> Re
     let interrupted = super::interrupts();
     let reach = super::Reach::take(loaded, Needs::POSTGRES, &interrupted).await?;
     let history = History::new(&reach.addresses.state);
-    let outcome = read(&history).await;
+    let outcome = super::unless_interrupted(&interrupted, read(&history)).await;
     reach.release().await;
     outcome
 }

@@ -1,6 +1,6 @@
 //! `kpi` and `reconcile`: the numbers, and the proof that they are the source's.
 
-use std::time::Duration;
+use std::{fmt::Write as _, time::Duration};
 
 use serde::Serialize;
 
@@ -9,8 +9,10 @@ use crate::{
     cli::Output,
     config::Loaded,
     exit::{Exit, Failure},
-    headless, kpi, lake,
+    kpi::{self, Kpis},
+    lake,
     pipeline::{data_dir, services::Needs, socket::Client},
+    units::{Money, grouped},
     warehouse::{
         Cut,
         postgres::Postgres,
@@ -27,7 +29,7 @@ const SETTLE_EVERY: Duration = Duration::from_secs(10);
 struct Document<'a> {
     schema: u32,
     cut: Option<Cut>,
-    kpis: &'a kpi::Kpis,
+    kpis: &'a Kpis,
 }
 
 pub(super) async fn kpi(loaded: &Loaded, output: Output) -> Result<Exit, Failure> {
@@ -37,14 +39,14 @@ pub(super) async fn kpi(loaded: &Loaded, output: Output) -> Result<Exit, Failure
         let warehouse = Postgres::connect(&reach.addresses.warehouse).await.map_err(|error| Failure::from_error(&error))?;
         kpi::read_as_of(&warehouse).await.map_err(|error| Failure::from_error(&error))
     };
-    let reading = reading.await;
+    let reading = super::unless_interrupted(&interrupted, reading).await;
     reach.release().await;
     let reading = reading?;
     if output.json {
         super::print_json(&Document { schema: 1, cut: reading.cut, kpis: &reading.kpis })?;
     } else {
         let as_of = reading.cut.map_or_else(|| "no run yet".to_owned(), |cut| format!("as of {}", cut.committed_at.format("%F %T%.3f UTC")));
-        super::print(&format!("{as_of}\n{}", headless::table_of(&reading.kpis)))?;
+        super::print(&format!("{as_of}\n{}", table_of(&reading.kpis)))?;
     }
     Ok(Exit::Right)
 }
@@ -52,10 +54,7 @@ pub(super) async fn kpi(loaded: &Loaded, output: Output) -> Result<Exit, Failure
 pub(super) async fn reconcile(loaded: &Loaded, output: Output) -> Result<Exit, Failure> {
     let interrupted = super::interrupts();
     let reach = super::Reach::take(loaded, Needs::RECONCILE, &interrupted).await?;
-    let report = tokio::select! {
-        report = compare(loaded, &reach) => report,
-        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted")),
-    };
+    let report = super::unless_interrupted(&interrupted, compare(loaded, &reach)).await;
     reach.release().await;
     let report = report?;
     if output.json {
@@ -87,7 +86,7 @@ async fn compare(loaded: &Loaded, reach: &super::Reach) -> Result<Report, Failur
     let addresses = &reach.addresses;
     let topics = Topics::new(loaded.config.cdc.topic_prefix.clone());
     let warehouse = Postgres::connect(&addresses.warehouse).await.map_err(failure)?;
-    let store = lake::Store::connect(&addresses.lake).await.map_err(|error| Failure::from_error(&error))?;
+    let store = lake::Store::open(&addresses.lake).await.map_err(|error| Failure::from_error(&error))?;
     let mark = reconcile::mark(&addresses.source).await.map_err(failure)?;
     let runs = stages_run(loaded).await;
     let settle = async || reconcile::settle(&mark, &addresses.source, &store, &warehouse, &topics, !runs).await.map_err(failure);
@@ -102,4 +101,32 @@ async fn compare(loaded: &Loaded, reach: &super::Reach) -> Result<Report, Failur
         report = settle().await?;
     }
     Ok(report)
+}
+
+/// The ten KPIs for people.
+pub(super) fn table_of(kpis: &Kpis) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "{name:<42} {value:>18}");
+    };
+    let money = |it: Option<Money>| it.map_or_else(|| "–".to_owned(), Money::grouped);
+    line("total_balance", kpis.total_balance.grouped());
+    line("total_transactions", grouped(kpis.total_transactions));
+    line("average_balance_per_account", money(kpis.average_balance_per_account));
+    line("total_accounts", grouped(kpis.total_accounts));
+    line("total_customers", grouped(kpis.total_customers));
+    line("average_balance_per_account_type", money(kpis.average_balance_per_account_type));
+    for it in &kpis.transaction_amount_by_type {
+        line(&format!("transaction_amount_by_type {}", it.txn_type), it.amount.grouped());
+    }
+    for it in &kpis.average_balance_by_account_type {
+        line(&format!("average_balance_by_account_type {}", it.account_type), it.average.grouped());
+    }
+    for it in &kpis.total_customers_balance {
+        line(&format!("customer {} {}", it.customer_id, it.customer), it.balance.grouped());
+    }
+    for it in &kpis.transaction_amount_over_time {
+        line(&format!("transaction_amount {}", it.date), it.amount.grouped());
+    }
+    text
 }

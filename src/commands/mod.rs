@@ -31,6 +31,7 @@ use crate::{
 mod attach;
 mod cdc;
 mod dag;
+mod dlq;
 mod doctor;
 mod kpi;
 mod lake;
@@ -68,6 +69,7 @@ pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
         Command::Kpi(output) => kpi::kpi(&loaded, output).await,
         Command::Reconcile(output) => kpi::reconcile(&loaded, output).await,
         Command::Lake(command) => lake::lake(&loaded, command).await,
+        Command::Dlq(command) => dlq::dlq(&loaded, command).await,
         Command::Doctor(output) => show_doctor(&loaded, output).await,
         Command::Config(ConfigCommand::Show(output)) => show_config(&loaded, output),
         Command::Reset(flags) => reset::reset(&loaded, &flags).await,
@@ -134,6 +136,14 @@ impl Reach {
         if let Some((mut services, _data_dir)) = self.started {
             services.stop().await;
         }
+    }
+}
+
+/// Does the work of a command, unless ^C comes first.
+async fn unless_interrupted<T>(interrupted: &CancellationToken, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::select! {
+        done = work => done,
+        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted")),
     }
 }
 
@@ -206,7 +216,7 @@ fn print_json(document: &impl Serialize) -> Result<(), Failure> {
 }
 
 /// Results go to stdout; a reader that has left (`| head`) is no error.
-pub(crate) fn print(text: &str) -> Result<(), Failure> {
+fn print(text: &str) -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::new(Exit::Away, format!("could not write to stdout: {error}"))),

@@ -9,13 +9,14 @@ use crate::{
     dag,
     exit::{Exit, Failure},
     headless::{self, Ends},
+    kpi::Kpis,
     pipeline::{Mode, Parts, Pipeline, data_dir::LOG, goal::Goal, services::Needs},
     telemetry::Front,
     tui,
     units::Span,
 };
 
-use super::Limits;
+use super::{Limits, kpi};
 
 /// How many transactions `--once` posts where nobody says.
 const TRANSACTIONS_ONCE: u64 = 1_000;
@@ -57,7 +58,7 @@ pub(super) async fn run(loaded: &Loaded, flags: Run, log_format: LogFormat) -> R
     let (pipeline, _logs) = launch(loaded, Parts::ALL, Needs::ALL, mode, super::log_front(console, log_format), &limits).await?;
     let ends = Ends { deadline: ends.deadline.map(|it| it.saturating_sub(started.elapsed())), ..ends };
     if !console {
-        return headless::run(pipeline, ends, flags.summary.as_deref(), interrupted).await;
+        return done(headless::run(pipeline, ends, flags.summary.as_deref(), interrupted).await);
     }
     let watched = tui::Watched { snapshots: pipeline.snapshots(), commander: pipeline.commander(), folder: loaded.data_dir().join("logs"), owned: true };
     let outcome = tokio::select! {
@@ -66,7 +67,15 @@ pub(super) async fn run(loaded: &Loaded, flags: Run, log_format: LogFormat) -> R
     };
     // The console leaves at a signal as well; whichever was seen first, the shell is told of the signal.
     let outcome = if interrupted.is_cancelled() && outcome.is_ok() { Err(Failure::new(Exit::Interrupted, "interrupted; state is kept")) } else { outcome };
-    headless::conclude(pipeline, outcome, ends.goal.is_some(), flags.summary.as_deref()).await
+    done(headless::conclude(pipeline, outcome, ends.goal.is_some(), flags.summary.as_deref()).await)
+}
+
+/// Prints the KPIs of a goal that was reached.
+fn done(concluded: Result<Option<Kpis>, Failure>) -> Result<Exit, Failure> {
+    if let Some(kpis) = concluded? {
+        super::print(&kpi::table_of(&kpis))?;
+    }
+    Ok(Exit::Right)
 }
 
 /// One stage alone, for running on several hosts: always as lines.
@@ -89,8 +98,7 @@ pub(super) async fn stage_alone(loaded: &Loaded, alone: Alone, for_: Option<Span
             over.cancel();
         });
     }
-    let outcome = headless::run(pipeline, Ends::default(), None, over).await;
-    match outcome {
+    match done(headless::run(pipeline, Ends::default(), None, over).await) {
         Err(failure) if failure.exit == Exit::Interrupted && !interrupted.is_cancelled() => Ok(Exit::Right),
         other => other,
     }

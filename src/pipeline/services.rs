@@ -69,6 +69,13 @@ pub struct PrintedS3 {
     pub bucket: String,
     pub access_key_id: String,
     pub secret_access_key: String,
+    #[serde(default, skip_serializing_if = "is_auto")]
+    pub addressing: lake::Addressing,
+}
+
+/// What everybody guesses is not told.
+fn is_auto(addressing: &lake::Addressing) -> bool {
+    *addressing == lake::Addressing::Auto
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -127,6 +134,7 @@ impl Printed {
             endpoint,
             region: self.s3.region,
             bucket: self.s3.bucket,
+            addressing: self.s3.addressing,
             access_key_id: self.s3.access_key_id,
             secret_access_key: Secret::new(self.s3.secret_access_key),
         };
@@ -162,6 +170,7 @@ impl Services {
             endpoint: None,
             region: config.lake.region.clone(),
             bucket: config.lake.bucket.clone(),
+            addressing: config.lake.addressing,
             access_key_id: String::new(),
             secret_access_key: Secret::default(),
         };
@@ -323,6 +332,7 @@ impl Services {
                 bucket: lake.bucket.clone(),
                 access_key_id: lake.access_key_id.clone(),
                 secret_access_key: lake.secret_access_key.reveal().to_owned(),
+                addressing: lake.addressing,
             },
         }
     }
@@ -371,14 +381,18 @@ fn external_lake(loaded: &Loaded) -> Result<lake::Access, Error> {
         endpoint => Some(Url::parse(endpoint).map_err(|error| Error::Address { key: "lake.endpoint", why: error.to_string() })?),
     };
     let secrets = &loaded.secrets;
-    let (Some(id), Some(secret)) = (&secrets.lake_access_key_id, &secrets.lake_secret_access_key) else {
-        return Err(Error::NoLakeCredentials { endpoint: config.endpoint.clone() });
+    let (id, secret) = match (&secrets.lake_access_key_id, &secrets.lake_secret_access_key) {
+        (Some(id), Some(secret)) => (id.reveal().to_owned(), secret.clone()),
+        // The SDK looks where AWS keeps credentials: environment, profile, role.
+        (None, None) if endpoint.is_none() => (String::new(), Secret::default()),
+        _ => return Err(Error::NoLakeCredentials { endpoint: config.endpoint.clone() }),
     };
     Ok(lake::Access {
         endpoint,
         region: config.region.clone(),
         bucket: config.bucket.clone(),
-        access_key_id: id.reveal().to_owned(),
-        secret_access_key: secret.clone(),
+        addressing: config.addressing,
+        access_key_id: id,
+        secret_access_key: secret,
     })
 }

@@ -86,14 +86,13 @@ fn ground(loaded: &Loaded) -> bank::Ground {
 pub(super) fn cdc(loaded: &Loaded, services: &Services, control: stage::Control<cdc::Stats>) -> Start {
     let addresses = services.addresses.clone();
     let (stream, config) = (loaded.config.stream.clone(), loaded.cdc());
-    // The tables to capture must be there before the publication is made; where our bank runs we know who makes them.
-    let ground = ground(loaded);
-    let ours = ground != bank::Ground::Foreign && loaded.config.bank.enabled;
+    // The tables to capture must be there before the publication is made; where the bank runs we know who makes them.
+    let ground = loaded.config.bank.enabled.then(|| ground(loaded)).filter(|it| *it != bank::Ground::Foreign);
     Box::new(move || {
         let (source, state, kafka) = (addresses.source.clone(), addresses.state.clone(), addresses.kafka.clone());
         let (stream, config, control) = (stream.clone(), config.clone(), control.clone());
         Box::pin(async move {
-            if ours {
+            if let Some(ground) = ground {
                 bank::prepare(&source, ground).await?;
             }
             Ok(cdc::run(source, state, kafka, stream, config, control).await?)
@@ -199,10 +198,15 @@ pub(super) fn mail(loaded: &Loaded, data_dir: &DataDir, services: &Services, con
     Box::new(move || {
         let outbox = notify::Outbox::new(&state, &config);
         let (carrier, control) = (notify::Carrier::new(&config, &folder), control.clone());
-        Box::pin(async move { Ok(notify::run(outbox, carrier, control).await?) })
+        Box::pin(async move { Ok(notify::run(outbox, carrier?, control).await?) })
     })
 }
 
 fn mail_config(loaded: &Loaded) -> notify::Config {
-    notify::Config { password: loaded.secrets.mail_password.clone(), ..loaded.config.mail.clone() }
+    let mut config = notify::Config { password: loaded.secrets.mail_password.clone(), ..loaded.config.mail.clone() };
+    // Empty stays empty: the system's authorities alone.
+    if !config.ca_file.as_os_str().is_empty() {
+        config.ca_file = loaded.base.join(&config.ca_file);
+    }
+    config
 }

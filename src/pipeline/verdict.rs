@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     dag::{RunState, TaskState},
     embedded,
+    notify::MailState,
     stage::Phase,
     units::grouped,
 };
@@ -40,9 +41,12 @@ const CUT_LATE_SECONDS: i64 = 120;
 /// WAL kept back for the slot beyond this is worth a word.
 const WAL_LATE_BYTES: u64 = 256 << 20;
 
+/// A mail that has waited for longer than this is worth a word.
+const MAIL_LATE_SECONDS: i64 = 60;
+
 pub fn verdict(now: &Snapshot) -> Verdict {
     // Causes stand before what follows from them: of two that are as urgent, the first is said.
-    let truths = [stopped_stage, stopped_lane, wrong_books, failed_task, ailing_service, waiting_stage, stale_stage, late, paused, preparing];
+    let truths = [stopped_stage, stopped_lane, wrong_books, failed_task, ailing_service, waiting_stage, stale_stage, late, waiting_mail, paused, preparing];
     let urgent = truths.iter().rev().filter_map(|truth| truth(now)).max_by_key(|verdict| verdict.level);
     urgent.unwrap_or_else(|| all_well(now))
 }
@@ -101,8 +105,11 @@ fn waiting_stage(now: &Snapshot) -> Option<Verdict> {
         let kafka = now.lake.kafka_trouble.as_ref().map(|why| format!("lake: Kafka away: {why}"));
         let bank = now.bank.waiting.as_ref().map(|why| format!("bank waits: {why}"));
         let dag = now.dag.away.as_ref().map(|why| format!("scheduler waits: {why}"));
-        let broker = now.cdc.broker_away.then(|| format!("cdc: Kafka away · {} messages wait", grouped(now.cdc.queued)));
-        lake.or(kafka).or(broker).or(bank).or(dag)
+        let waiting = if now.cdc.connector.is_some() { "its connector waits".to_owned() } else { format!("{} messages wait", grouped(now.cdc.queued)) };
+        let broker = now.cdc.broker_away.then(|| format!("cdc: Kafka away · {waiting}"));
+        // Who reads the WAL elsewhere does not fail here; what it waits for is all there is to say.
+        let connector = now.cdc.connector.as_ref().and(now.cdc.waiting_for.as_ref()).map(|what| format!("cdc waits for {what}"));
+        lake.or(kafka).or(connector).or(broker).or(bank).or(dag)
     };
     late_because(said.or_else(within)?)
 }
@@ -153,6 +160,14 @@ fn late(now: &Snapshot) -> Option<Verdict> {
         return late_because(format!("KPIs stand still: as of {}, {} old, and money moves", clock(cut.committed_at), ago(now.at, cut.committed_at)));
     }
     None
+}
+
+/// A server that is busy for a moment is nobody's business.
+fn waiting_mail(now: &Snapshot) -> Option<Verdict> {
+    let oldest = now.mail.newest.iter().filter(|it| it.state == MailState::Waiting).map(|it| it.recorded_at).min()?;
+    let why = now.mail.away.as_ref().filter(|_| (now.at - oldest).num_seconds() > MAIL_LATE_SECONDS)?;
+    let letters = if now.mail.waiting == 1 { "1 mail waits".to_owned() } else { format!("{} mails wait", grouped(now.mail.waiting)) };
+    late_because(format!("{letters} for {}: {why} · :mail", ago(now.at, oldest)))
 }
 
 fn preparing(now: &Snapshot) -> Option<Verdict> {

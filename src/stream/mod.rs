@@ -7,6 +7,7 @@ use bytes::Bytes;
 pub mod consumer;
 pub mod follow;
 pub mod producer;
+pub mod range;
 pub mod records;
 pub mod tail;
 pub mod topics;

@@ -6,7 +6,7 @@ use crate::binary::{Bank, Running, proof};
 
 #[test]
 fn one_payment_goes_all_the_way_and_the_next_run_continues() {
-    let bank = Bank::new();
+    let bank = Bank::on_servers();
     let first = bank.once("150");
     assert_eq!(first["outcome"], "success");
     assert_eq!(first["reconcile"]["ok"], true, "{}", first["reconcile"]);
@@ -35,7 +35,7 @@ fn one_payment_goes_all_the_way_and_the_next_run_continues() {
 
 #[test]
 fn the_same_seed_makes_the_same_numbers() {
-    let (one, two) = (Bank::new(), Bank::new());
+    let (one, two) = (Bank::on_servers(), Bank::on_servers());
     let (first, second) = (one.once("120"), two.once("120"));
     assert_eq!(first["kpis"], second["kpis"]);
 }
@@ -43,7 +43,7 @@ fn the_same_seed_makes_the_same_numbers() {
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_9_at_any_moment_loses_nothing_and_doubles_nothing() {
     let rounds: u32 = std::env::var("LEDGERLINE_TEST_KILLS").ok().and_then(|it| it.parse().ok()).unwrap_or(3);
-    let bank = Bank::new();
+    let bank = Bank::on_servers();
     // A different moment in each round, the same in each run of the test: from the preparation into the third DAG run.
     let moments = (0..rounds).map(|round| Duration::from_millis(1_500 + u64::from(round) * 7_919 % 11_000));
     for moment in moments {
@@ -88,6 +88,10 @@ fn single_commands_find_the_services_that_somebody_else_holds() {
     assert_eq!(bank.json(&["kpi", "--json"])["kpis"], kpis);
     bank.succeeds(&["reconcile"]);
     bank.succeeds(&["lake", "verify"]);
+    let applied = bank.json(&["cdc", "apply", "--json"]);
+    assert!(applied["unchanged"] == true && applied["slot_step"] == "kept", "{applied}");
+    assert_eq!(bank.json(&["dlq", "list", "--json"])["held"], 0);
+    assert!(bank.refusal(&["dlq", "replay", "7", "--dry-run"], 2).contains("no letter at offset 7"));
     let refused = bank.refusal(&["dag", "trigger", "MinIO_S3_to_Snowflake"], 2);
     assert!(refused.contains("scheduler is not hosted by this process"), "{refused}");
     services.end();

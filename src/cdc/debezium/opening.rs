@@ -17,8 +17,8 @@ use crate::{
     cdc::{
         catalog,
         error::Error,
-        ground,
         health::{self, Health},
+        prepare,
         progress::{Progress, Store},
         slot::{self, Slot},
         stats::Stats,
@@ -80,18 +80,19 @@ impl Capture {
         }
         let slot = slot::find(&mut connection, &self.config.slot).await?;
         let start = self.decide(registered.as_ref(), slot.as_ref(), progress.as_ref())?;
-        if start == Start::Resume && self.rest.offset(self.name()).await?.is_none() {
-            return Err(Error::OffsetsMissing { connector: self.name().to_owned() });
-        }
-        let published = ground::publish(&mut connection, &self.config, &wanted, start != Start::Fresh).await?;
+        let published = prepare::publish(&mut connection, &self.config, &wanted, start != Start::Fresh, false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
         let asking = topics::Topics::connect(&self.bootstrap_servers)?;
-        ground::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
+        prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         // Before the connector writes: what it does now is counted from its first record on.
         let follower = self.follow(&asking, &tables, start != Start::Resume).await?;
         self.register(&mut connection, &mut store, start, slot.as_ref(), registered.as_ref(), &tables).await?;
         store.close().await;
+        // The offsets outlive a connector that somebody deleted; without them Debezium would read everything again.
+        if start == Start::Resume && self.rest.offset(self.name()).await?.is_none() {
+            return Err(Error::OffsetsMissing { connector: self.name().to_owned() });
+        }
         if *control.wanted.borrow() == Phase::Running {
             self.rest.resume(self.name()).await?;
         }

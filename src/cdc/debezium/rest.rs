@@ -258,6 +258,10 @@ impl Rest {
     }
 
     fn refused(&self, status: StatusCode, body: &[u8]) -> Error {
+        // A worker opens its port before it knows its resources: until then nothing is there.
+        if status == StatusCode::NOT_FOUND {
+            return Error::ConnectAway { address: self.address().to_owned(), reason: "it has no such resource (404), or not yet".to_owned() };
+        }
         let message = serde_json::from_slice::<Value>(body).ok().and_then(|it| Some(it.get("message")?.as_str()?.to_owned()));
         // Its validation text begins with a line that says nothing.
         let message = message.unwrap_or_default();

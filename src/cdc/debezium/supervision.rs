@@ -39,7 +39,7 @@ const RESTART_MAX: Duration = Duration::from_secs(30);
 /// A connector that ran so long has recovered.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 /// A connector that Connect does not know for so long is gone.
-const GONE_AFTER: Duration = Duration::from_secs(10);
+const GONE_AFTER: Duration = Duration::from_secs(30);
 /// Slot and source are sampled every two seconds.
 const SOURCE_SILENT_AFTER: Duration = Duration::from_secs(8);
 /// Debezium takes a moment to the slot, and lets go of it for one when it reconnects.
@@ -183,8 +183,12 @@ impl Capture {
         if slot.health.active {
             watch.slot_read = Instant::now();
         }
-        self.stats.confirmed_lsn = slot.health.confirmed_flush_lsn;
-        self.stats.lag_bytes = self.stats.source_lsn.0.saturating_sub(self.stats.confirmed_lsn.0);
+        let confirmed = slot.health.confirmed_flush_lsn;
+        self.stats.lag_bytes = self.stats.source_lsn.0.saturating_sub(confirmed.0);
+        // A slot begins beyond the rows that its snapshot has yet to bring to the broker.
+        if open.snapshot.is_none() {
+            self.stats.confirmed_lsn = confirmed;
+        }
         self.stats.slot = Some(slot.health);
         self.nudge_if_quiet(open, watch);
         Ok(())
