@@ -94,6 +94,9 @@ const RATE_WITHOUT_GAPS: u32 = 5;
 /// So many seconds; the lake asks for the ends of its lanes once a second, and may miss a beat.
 const STILL_SECONDS: usize = 3;
 
+/// What an earlier process left is read first; money that does not come within this time after the start is missing.
+const START_SECONDS: i64 = 15;
+
 /// WAL kept back for the slot beyond this is worth a word.
 const WAL_LATE_BYTES: u64 = 256 << 20;
 
@@ -284,7 +287,8 @@ fn still(now: &Snapshot) -> Option<Verdict> {
     let is_still = |flow: &super::snapshot::Flow| flow.history.len() >= STILL_SECONDS && flow.history.iter().rev().take(STILL_SECONDS).all(|it| *it == 0);
     let nothing_comes = !now.flow.is_empty() && now.flow.values().all(is_still);
     // Before anything has come at all, it is a start.
-    if held || !bank_moves(now) || !nothing_comes || now.bank.transactions == 0 {
+    let starts = now.bank.transactions == 0 || (now.at - now.started_at).num_seconds() < START_SECONDS;
+    if held || starts || !bank_moves(now) || !nothing_comes {
         return None;
     }
     late_because(format!("No money arrives: {wished}, 0 msg/s come"))

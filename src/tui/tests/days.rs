@@ -220,6 +220,8 @@ fn where_money_should_come_and_none_does_nothing_is_well() {
         (flow.per_second, flow.history) = (0, vec![9, 9, 0, 0, 0].into());
     }
     assert_eq!((verdict(&now).level, said(&now).as_str()), (Level::Late, "No money arrives: 72 tx/s are wished, 0 msg/s come"));
+    now.started_at = noon() - TimeDelta::seconds(5);
+    assert_ne!(verdict(&now).level, Level::Late, "it starts: {}", said(&now));
     stage(&mut now, StageName::Lake, |it| (it.wanted, it.phase) = (Phase::Paused, Phase::Paused));
     assert!(said(&now).starts_with("Lake paused by you"), "{}", said(&now));
 }
