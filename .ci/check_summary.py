@@ -20,6 +20,12 @@ def check(path, posted):
     assert tests["pass"] > 0 and tests["fail"] == tests["error"] == tests["skip"] == 0, tests
     assert set(summary["kpis"]) == KPIS, sorted(set(summary["kpis"]) ^ KPIS)
     assert summary["bank"]["transactions"] == posted, summary["bank"]
+    # The bank opens when the slot is there, so every row it wrote is an event.
+    bank, events = summary["bank"], summary["cdc"]["events"]
+    if path == sys.argv[1]:
+        rows = sum(bank[table] for table in ("customers", "accounts", "transactions", "ledger_entries"))
+        assert sum(events.values()) == rows + bank["updates"] + 2 * bank["deletes"], (bank, events)
+    assert events["transactions"] == summary["lake"]["records"]["transactions"], (events, summary["lake"])
     assert summary["warehouse"]["rows_loaded"]["transactions"] > 0, summary["warehouse"]
     assert all(dag["state"] == "success" for dag in summary["dags"]), summary["dags"]
     assert {dag["dag_id"] for dag in summary["dags"]} == {"MinIO_S3_to_Snowflake", "DBT_Bank_Data_Transformation_Pipeline"}

@@ -11,7 +11,7 @@ use ledgerline::{
     change::Topics,
     embedded::s3,
     lake::{
-        self, Access, Store,
+        self, Access, Addressing, Store,
         batch::Sealed,
         encode::encode,
         log::{CommitRecord, SCHEMA, sha256_hex},
@@ -66,6 +66,7 @@ async fn compare(url: &Secret, rows: i64) -> Result<()> {
             endpoint: Some(server.endpoint()),
             region: "us-east-1".to_owned(),
             bucket: bucket.to_owned(),
+            addressing: Addressing::Auto,
             access_key_id: "someone".to_owned(),
             secret_access_key: secret.clone(),
         };

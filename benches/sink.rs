@@ -10,7 +10,7 @@ use ledgerline::{
         kafka::{self, Broker},
         s3::{self, Server},
     },
-    lake::{self, Access, Config, Options, Stats, Store},
+    lake::{self, Access, Addressing, Config, Options, Stats, Store},
     secret::Secret,
     stage::{self, Phase},
     stream::consumer::{Consumer, Event, Settings},
@@ -56,6 +56,7 @@ async fn bench(n_records: i64, n_rounds: i64) -> anyhow::Result<()> {
             endpoint: Some(server.endpoint()),
             region: "us-east-1".into(),
             bucket: format!("sink-{round}"),
+            addressing: Addressing::Auto,
             access_key_id: access_key_id.clone(),
             secret_access_key: secret_access_key.clone(),
         };

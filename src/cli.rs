@@ -51,7 +51,7 @@ pub enum Command {
     Services(Output),
     /// Run the bank alone
     Generate(Stage),
-    /// Run change data capture alone, or look at it
+    /// Run change data capture alone, look at it, prepare or remove it
     Cdc(Cdc),
     /// Run the lake sink alone
     Sink(Stage),
@@ -69,6 +69,9 @@ pub enum Command {
     /// List the lake's objects, or prove that nothing is missing, doubled or damaged
     #[command(subcommand)]
     Lake(Lake),
+    /// List, show and replay what could not be decoded
+    #[command(subcommand)]
+    Dlq(Dlq),
     /// Check what this machine and configuration need
     Doctor(Output),
     /// Show the configuration in force
@@ -146,8 +149,19 @@ pub struct Cdc {
 pub enum CdcCommand {
     /// Show the replication slot, how far it is read and what it holds back
     Status(Output),
+    /// Bring publication, slot and topics to what the configuration says, without starting to stream
+    Apply(Apply),
     /// Drop the replication slot and the publication, so that the source keeps no WAL for us any more
     Remove(Remove),
+}
+
+#[derive(Debug, Args)]
+pub struct Apply {
+    /// Say what would be made, make nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -193,31 +207,9 @@ pub enum Dag {
         output: Output,
     },
     /// Retry a failed task and what it held up
-    Retry {
-        dag_id: String,
-        task_id: String,
-        /// Run id [default: the newest run]
-        #[arg(long)]
-        run_id: Option<String>,
-        /// Say what would run, change nothing
-        #[arg(long)]
-        dry_run: bool,
-        #[command(flatten)]
-        output: Output,
-    },
+    Retry(Task),
     /// Clear a task and everything behind it, so that they run again
-    Clear {
-        dag_id: String,
-        task_id: String,
-        /// Run id [default: the newest run]
-        #[arg(long)]
-        run_id: Option<String>,
-        /// Say what would run, change nothing
-        #[arg(long)]
-        dry_run: bool,
-        #[command(flatten)]
-        output: Output,
-    },
+    Clear(Task),
     /// Cancel the run in progress
     Cancel {
         dag_id: String,
@@ -227,6 +219,21 @@ pub enum Dag {
         #[command(flatten)]
         output: Output,
     },
+}
+
+/// A task of a run, to run again.
+#[derive(Debug, Args)]
+pub struct Task {
+    pub dag_id: String,
+    pub task_id: String,
+    /// Run id [default: the newest run]
+    #[arg(long)]
+    pub run_id: Option<String>,
+    /// Say what would run, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub output: Output,
 }
 
 #[derive(Debug, Subcommand)]
@@ -247,9 +254,77 @@ pub enum Lake {
         /// Delete data objects that no commit record names
         #[arg(long)]
         sweep: bool,
+        /// Say what would be swept, delete nothing
+        #[arg(long, requires = "sweep")]
+        dry_run: bool,
         #[command(flatten)]
         output: Output,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Dlq {
+    /// Letters, newest first, and how many there are for each reason
+    List {
+        #[command(flatten)]
+        which: Letters,
+        /// How many letters
+        #[arg(long, default_value_t = 20)]
+        limit: usize,
+        /// Show the bytes, which may hold customers' data
+        #[arg(long)]
+        reveal: bool,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// All that is known about one letter
+    Show {
+        offset: i64,
+        /// Partition of the dead-letter topic
+        #[arg(long, default_value_t = 0)]
+        partition: i32,
+        /// Show the bytes, which may hold customers' data
+        #[arg(long)]
+        reveal: bool,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Put the records of letters back to where they came from
+    Replay(DlqReplay),
+}
+
+#[derive(Debug, Args)]
+pub struct DlqReplay {
+    /// Offsets of letters
+    #[arg(value_name = "OFFSET", required_unless_present = "all")]
+    pub offsets: Vec<i64>,
+    /// Partition of the dead-letter topic
+    #[arg(long, default_value_t = 0)]
+    pub partition: i32,
+    /// Every letter, or every letter of a table or topic
+    #[arg(long, conflicts_with = "offsets")]
+    pub all: bool,
+    #[command(flatten)]
+    pub which: Letters,
+    /// Put back also what still cannot be decoded: each becomes a letter again, and counts once more as a row that never comes
+    #[arg(long)]
+    pub force: bool,
+    /// Say what would be put back, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// Which letters.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Letters {
+    /// Only of this table, as the lake names it
+    #[arg(long)]
+    pub table: Option<String>,
+    /// Only of this topic
+    #[arg(long)]
+    pub topic: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]

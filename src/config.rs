@@ -116,6 +116,7 @@ pub struct Secrets {
     pub lake_access_key_id: Option<Secret>,
     pub lake_secret_access_key: Option<Secret>,
     pub mail_password: Option<Secret>,
+    pub connect_password: Option<Secret>,
 }
 
 /// The configuration of one invocation, and where its relative paths start.
@@ -134,6 +135,11 @@ pub struct Loaded {
 impl Loaded {
     pub fn data_dir(&self) -> PathBuf {
         self.base.join(&self.config.data_dir)
+    }
+
+    /// The capture's settings with the sign-in for Kafka Connect.
+    pub fn cdc(&self) -> cdc::Config {
+        cdc::Config { connect_password: self.secrets.connect_password.clone(), ..self.config.cdc.clone() }
     }
 
     pub fn dbt_project_dir(&self) -> PathBuf {
@@ -161,6 +167,8 @@ pub enum Error {
     WrongValue { layer: Layer, key: String, value: String, why: String },
     #[error("{layer}: {key} carries a password")]
     PasswordInFile { layer: Layer, key: String },
+    #[error("environment variable {name} is nobody's, did you mean {nearest}?")]
+    Environment { name: String, nearest: String },
     #[error("profile {name} is not in config.toml; known: {known}")]
     UnknownProfile { name: String, known: String },
 }
@@ -176,6 +184,7 @@ impl Diagnose for Error {
                 let section = key.split('.').next().unwrap_or("source").to_uppercase();
                 format!("take it out of the file and set {ENV_PREFIX}{section}__PASSWORD in the environment")
             }
+            Self::Environment { .. } => "two underscores stand between section and key, and behind LEDGERLINE; rename it or unset it".to_owned(),
             Self::UnknownProfile { .. } => "name one of the known profiles, or add the section [profiles.NAME]".to_owned(),
         })
     }
@@ -269,7 +278,10 @@ fn chosen_profile<'a>(layers: impl Iterator<Item = &'a (Layer, Table)>) -> Strin
 fn from_env(env: impl Iterator<Item = (String, String)>) -> Result<(Secrets, Vec<(Layer, Table)>), Error> {
     let mut secrets = Secrets::default();
     let mut layers = Vec::new();
-    let mut variables: Vec<(String, String)> = env.filter(|(name, _)| name.starts_with(ENV_PREFIX)).collect();
+    let (mut variables, others): (Vec<_>, Vec<_>) = env.partition(|(name, _)| name.starts_with(ENV_PREFIX));
+    if let Some(error) = others.iter().find_map(|(name, _)| misspelt(name)) {
+        return Err(error);
+    }
     variables.sort();
     for (name, value) in variables {
         let rest = &name[ENV_PREFIX.len()..];
@@ -280,6 +292,7 @@ fn from_env(env: impl Iterator<Item = (String, String)>) -> Result<(Secrets, Vec
             "LAKE__ACCESS_KEY_ID" => &mut secrets.lake_access_key_id,
             "LAKE__SECRET_ACCESS_KEY" => &mut secrets.lake_secret_access_key,
             "MAIL__PASSWORD" => &mut secrets.mail_password,
+            "CDC__CONNECT_PASSWORD" => &mut secrets.connect_password,
             _ => {
                 let key = rest.to_lowercase().replace("__", ".");
                 let layer = Layer::Env(name.clone());
@@ -290,6 +303,15 @@ fn from_env(env: impl Iterator<Item = (String, String)>) -> Result<(Secrets, Vec
         *secret = Some(Secret::new(value));
     }
     Ok((secrets, layers))
+}
+
+/// `LEDGERLINE_BANK_RATE`, which would change nothing and say nothing.
+fn misspelt(name: &str) -> Option<Error> {
+    let rest = name.strip_prefix("LEDGERLINE_")?.to_lowercase();
+    let (section, key) = rest.split_once('_')?;
+    let known = lookup(&Config::as_table(), &format!("{section}.{}", key.trim_start_matches('_')))?;
+    let nearest = format!("{ENV_PREFIX}{}__{}", section.to_uppercase(), key.trim_start_matches('_').to_uppercase());
+    (!known.is_table()).then(|| Error::Environment { name: name.to_owned(), nearest })
 }
 
 /// A text from the environment or a flag as the type that its key has: `"1000"` is a number where a number is expected.
@@ -414,6 +436,15 @@ mod tests {
     fn an_unknown_key_is_refused_with_the_nearest_known_one() {
         let error = load_text("[bank]\nsed = 1", &[], &[]).expect_err("unknown").to_string();
         assert!(error.ends_with("unknown key bank.sed, did you mean bank.seed?"), "{error}");
+    }
+
+    #[test]
+    fn an_environment_variable_that_lacks_an_underscore_is_refused() {
+        for wrong in ["LEDGERLINE_BANK_RATE", "LEDGERLINE_BANK__RATE"] {
+            let error = load_text("", &[(wrong, "3")], &[]).expect_err("misspelt").to_string();
+            assert!(error.ends_with("did you mean LEDGERLINE__BANK__RATE?"), "{error}");
+        }
+        load_text("", &[("LEDGERLINE_LOG", "debug"), ("LEDGERLINE_TEST_KILLS", "3"), ("HOME", "/")], &[]).expect("others are left alone");
     }
 
     #[test]

@@ -22,8 +22,8 @@ pub struct Ends {
     pub deadline: Option<Duration>,
 }
 
-/// Runs until the goal, the deadline or a signal; then stops the pipeline. Prints the KPIs of a reached goal on stdout.
-pub async fn run(pipeline: Pipeline, ends: Ends, summary: Option<&Path>, interrupted: CancellationToken) -> Result<Exit, Failure> {
+/// Runs until the goal, the deadline or a signal; then stops the pipeline. The KPIs where a goal was reached.
+pub async fn run(pipeline: Pipeline, ends: Ends, summary: Option<&Path>, interrupted: CancellationToken) -> Result<Option<Kpis>, Failure> {
     let saying = tokio::spawn(say(pipeline.snapshots()));
     let outcome = reach(&pipeline, &ends, &interrupted).await;
     saying.abort();
@@ -52,8 +52,8 @@ pub async fn reach(pipeline: &Pipeline, ends: &Ends, interrupted: &CancellationT
     }
 }
 
-/// Writes the summary, stops everything and prints the result.
-pub async fn conclude(pipeline: Pipeline, outcome: Result<(), Failure>, has_goal: bool, summary: Option<&Path>) -> Result<Exit, Failure> {
+/// Writes the summary and stops everything. The KPIs where a goal was reached.
+pub async fn conclude(pipeline: Pipeline, outcome: Result<(), Failure>, has_goal: bool, summary: Option<&Path>) -> Result<Option<Kpis>, Failure> {
     let snapshot = pipeline.fresh_snapshot().await;
     let mut written = Ok(());
     if let Some(path) = summary {
@@ -72,11 +72,7 @@ pub async fn conclude(pipeline: Pipeline, outcome: Result<(), Failure>, has_goal
     pipeline.stop().await;
     outcome?;
     written?;
-    match kpis {
-        Some(kpis) if has_goal => crate::commands::print(&table_of(&kpis))?,
-        _ => {}
-    }
-    Ok(Exit::Right)
+    Ok(kpis.filter(|_| has_goal))
 }
 
 /// The status line, in the log: where a person looks at lines, the sentence is the same as the console's, and the way out is a command.
@@ -100,33 +96,4 @@ async fn say(mut snapshots: tokio::sync::watch::Receiver<std::sync::Arc<crate::p
             return;
         }
     }
-}
-
-/// The ten KPIs for people.
-pub fn table_of(kpis: &Kpis) -> String {
-    use std::fmt::Write as _;
-    let mut text = String::new();
-    let mut line = |name: &str, value: String| {
-        let _ = writeln!(text, "{name:<42} {value:>18}");
-    };
-    let money = |it: Option<crate::units::Money>| it.map_or_else(|| "–".to_owned(), crate::units::Money::grouped);
-    line("total_balance", kpis.total_balance.grouped());
-    line("total_transactions", crate::units::grouped(kpis.total_transactions));
-    line("average_balance_per_account", money(kpis.average_balance_per_account));
-    line("total_accounts", crate::units::grouped(kpis.total_accounts));
-    line("total_customers", crate::units::grouped(kpis.total_customers));
-    line("average_balance_per_account_type", money(kpis.average_balance_per_account_type));
-    for it in &kpis.transaction_amount_by_type {
-        line(&format!("transaction_amount_by_type {}", it.txn_type), it.amount.grouped());
-    }
-    for it in &kpis.average_balance_by_account_type {
-        line(&format!("average_balance_by_account_type {}", it.account_type), it.average.grouped());
-    }
-    for it in &kpis.total_customers_balance {
-        line(&format!("customer {} {}", it.customer_id, it.customer), it.balance.grouped());
-    }
-    for it in &kpis.transaction_amount_over_time {
-        line(&format!("transaction_amount {}", it.date), it.amount.grouped());
-    }
-    text
 }

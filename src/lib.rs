@@ -30,6 +30,8 @@ pub mod stream;
 
 pub mod lake;
 
+pub mod dlq;
+
 pub mod warehouse;
 
 pub mod dbt;

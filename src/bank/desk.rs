@@ -253,7 +253,7 @@ impl Desk {
             stats.ledger_entries += 2;
             self.refusals_in_a_row = 0;
         }
-        stats.updates = it.updates();
+        stats.updates += event.deed.rows_updated();
         stats.deletes = it.accounts_deleted + it.customers_deleted;
         stats.clock = stats.clock.max(Some(event.at));
     }

@@ -143,6 +143,17 @@ impl Deed {
     pub(super) fn is_payment(&self) -> bool {
         matches!(self, Self::Pay(_) | Self::Reverse { .. })
     }
+
+    /// Rows it updates: the balances it moves, the original it marks, what it corrects.
+    pub(super) fn rows_updated(&self) -> u64 {
+        let balances = |payment: &Payment| 1 + u64::from(payment.related.is_some());
+        match self {
+            Self::Pay(payment) => balances(payment),
+            Self::Reverse { payment, .. } => 1 + balances(payment),
+            Self::MoveCustomer { .. } | Self::SetCustomerStatus { .. } | Self::SetAccountStatus { .. } | Self::CloseAccount { .. } => 1,
+            Self::OpenCustomer(_) | Self::OpenAccount { .. } | Self::DeleteAccount { .. } | Self::DeleteCustomer { .. } => 0,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -123,8 +123,9 @@ pub struct Stats {
     pub wished: Rate,
     pub transactions: u64,
     pub ledger_entries: u64,
-    /// Rows corrected: moves, statuses, closures, payments marked as reversed. Balances, which every payment moves, are not counted.
+    /// Rows updated, as many as the WAL tells of: balances that payments move, and corrections.
     pub updates: u64,
+    /// Rows deleted.
     pub deletes: u64,
     pub events: Events,
     /// Steps taken or void, of those wished.
@@ -163,11 +164,6 @@ impl Events {
         let opened = self.customers_opened + self.accounts_opened;
         let corrected = self.customers_moved + self.statuses_changed + self.accounts_closed;
         payments + opened + corrected + self.accounts_deleted + self.customers_deleted
-    }
-
-    /// Rows corrected; a reversal marks its original.
-    fn updates(&self) -> u64 {
-        self.reversals + self.customers_moved + self.statuses_changed + self.accounts_closed
     }
 }
 

@@ -1,23 +1,29 @@
-//! What an operator may ask of a capture without running it: how slot and publication stand, and to drop both.
+//! What an operator may ask of a capture without running it: how slot and publication stand, to make what it needs, and to
+//! drop slot and publication.
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
 use super::{
-    Config, Engine,
+    Config, Engine, debezium,
     error::Error,
+    prepare,
     progress::{Progress, Store},
     slot::{self, Slot},
     source::{self, Source, quoted},
-    stats::SlotHealth,
+    stats::{Connector, SlotHealth},
 };
-use crate::{change::Lsn, secret::Secret};
+use crate::{change::Lsn, secret::Secret, stream};
 
 /// The slot is a responsibility: what it holds back on the source, and how far its reader is.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Standing {
     pub engine: Engine,
+    /// With Debezium; None where there is no such connector, or Connect cannot be asked.
+    pub connector: Option<Connector>,
+    /// Why the connector is not known.
+    pub connect_trouble: Option<String>,
     pub slot: String,
     pub publication: String,
     pub publication_exists: bool,
@@ -50,24 +56,85 @@ pub enum SnapshotState {
 /// What [`remove`] dropped, or would drop.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Removal {
+    /// With Debezium; its offsets go with it.
+    pub connector: Option<String>,
     pub slot: Option<String>,
     pub publication: Option<String>,
     /// WAL the source may remove once the slot is gone.
     pub wal_freed_bytes: u64,
 }
 
+/// What [`apply`] made, or would make.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Applied {
+    pub engine: Engine,
+    pub dry_run: bool,
+    pub publication: String,
+    pub publication_created: bool,
+    pub tables_added: Vec<String>,
+    /// Tables of a pattern that have rows from before they could be captured.
+    pub tables_left_out: Vec<String>,
+    pub topics_created: Vec<String>,
+    pub slot: String,
+    #[serde(flatten)]
+    pub slot_step: SlotStep,
+    /// The first start will read the rows that exist, and make the slot anew for it: both must see the same moment.
+    pub snapshot_comes: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "slot_step", rename_all = "snake_case")]
+pub enum SlotStep {
+    /// None: it would be.
+    Made {
+        lsn: Option<Lsn>,
+    },
+    Kept {
+        confirmed: Lsn,
+        active: bool,
+    },
+    /// Debezium makes its slot itself, when the connector first starts.
+    LeftToConnector,
+}
+
+impl Applied {
+    /// Whether everything was as the configuration says.
+    pub fn is_unchanged(&self) -> bool {
+        let made = matches!(self.slot_step, SlotStep::Made { .. });
+        !(self.publication_created || made) && self.tables_added.is_empty() && self.topics_created.is_empty()
+    }
+}
+
+/// Brings publication, slot and topics to what the configuration says, without starting to stream; the same checks as a start.
+/// What is there already stays as it is, so a second call changes nothing. With `dry_run` only says what it would do.
+pub async fn apply(
+    source: &Secret,
+    state: &Secret,
+    bootstrap_servers: &str,
+    stream: &stream::Config,
+    config: &Config,
+    dry_run: bool,
+) -> Result<Applied, Error> {
+    prepare::apply(source, state, bootstrap_servers, stream, config, dry_run).await
+}
+
 /// Reads how the capture stands from the source and the state database.
 pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Result<Standing, Error> {
-    let mut connection = Source::new(source)?.connect().await?;
+    let source = Source::new(source)?;
+    let mut connection = source.connect().await?;
     let found = slot::find(&mut connection, &config.slot).await?;
     let source_lsn = source::flushed_wal(&mut connection).await?;
     let publication_exists = publication_exists(&mut connection, &config.publication).await?;
     let _ = connection.close().await;
-    let mut store = Store::open(state, &config.topic_prefix).await?;
-    let progress = store.read().await?;
-    store.close().await;
+    let progress = Store::look(state, &config.topic_prefix).await?;
+    let (connector, connect_trouble) = match config.engine {
+        Engine::Native => (None, None),
+        Engine::Debezium => debezium::admin::look(&source, config).await,
+    };
     Ok(Standing {
         engine: config.engine,
+        connector,
+        connect_trouble,
         slot: config.slot.clone(),
         publication: config.publication.clone(),
         publication_exists,
@@ -80,7 +147,16 @@ pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Resul
     })
 }
 
-/// Drops slot and publication. With `dry_run` only says what there is. A slot that somebody reads is refused.
+/// Whether the source keeps changes for the capture from now on.
+pub async fn has_slot(source: &Secret, config: &Config) -> Result<bool, Error> {
+    let mut connection = Source::new(source)?.connect().await?;
+    let found = slot::find(&mut connection, &config.slot).await?;
+    let _ = connection.close().await;
+    Ok(found.is_some())
+}
+
+/// Drops slot and publication, and before them the connector with its offsets. With `dry_run` only says what there is. A slot that
+/// somebody reads is refused.
 ///
 /// The row about the snapshot stays: whoever starts a capture into the same topics again must hear that changes are missing.
 pub async fn remove(source: &Secret, config: &Config, dry_run: bool) -> Result<Removal, Error> {
@@ -89,8 +165,22 @@ pub async fn remove(source: &Secret, config: &Config, dry_run: bool) -> Result<R
     let found = slot::find(&mut connection, &config.slot).await?;
     if let Some(found) = &found {
         slot::require_ours(&config.slot, &source.database, found)?;
-        slot::require_unread(&mut connection, &config.slot, found).await?;
     }
+    let connector = match config.engine {
+        Engine::Native => None,
+        // It reads the slot, so it goes first; the slot is let go of a moment later.
+        Engine::Debezium => debezium::admin::remove(&source, config, dry_run).await?,
+    };
+    let found = match connector {
+        Some(_) if !dry_run => slot::wait_until_free(&mut connection, &config.slot, drop).await?,
+        Some(_) => found,
+        None => {
+            if let Some(found) = &found {
+                slot::require_unread(&mut connection, &config.slot, found).await?;
+            }
+            found
+        }
+    };
     let source_lsn = source::flushed_wal(&mut connection).await?;
     let published = publication_exists(&mut connection, &config.publication).await?;
     if !dry_run {
@@ -105,6 +195,7 @@ pub async fn remove(source: &Secret, config: &Config, dry_run: bool) -> Result<R
     }
     let _ = connection.close().await;
     Ok(Removal {
+        connector,
         wal_freed_bytes: found.as_ref().map_or(0, |it| wal_kept(it, source_lsn)),
         slot: found.map(|_| config.slot.clone()),
         publication: published.then(|| config.publication.clone()),

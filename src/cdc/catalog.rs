@@ -98,17 +98,19 @@ pub(super) async fn publish(connection: &mut PgConnection, publication: &str, ta
     let name = full_name(table);
     let mut transaction = connection.begin().await.map_err(sql)?;
     sqlx::raw_sql(AssertSqlSafe(format!("lock table only {name} in share row exclusive mode"))).execute(&mut *transaction).await.map_err(sql)?;
-    if only_empty {
-        let has_rows: bool =
-            sqlx::query_scalar(AssertSqlSafe(format!("select exists (select from only {name})"))).fetch_one(&mut *transaction).await.map_err(sql)?;
-        if has_rows {
-            return Ok(false);
-        }
+    if only_empty && has_rows(&mut transaction, table).await? {
+        return Ok(false);
     }
     sqlx::raw_sql(AssertSqlSafe(format!("alter publication {} add table only {name}", quoted(publication)))).execute(&mut *transaction).await.map_err(sql)?;
     transaction.commit().await.map_err(sql)?;
     tracing::info!(publication, table = %table, "table added to the publication");
     Ok(true)
+}
+
+pub(super) async fn has_rows(connection: &mut PgConnection, table: &TableId) -> Result<bool, Error> {
+    let statement = format!("select exists (select from only {})", full_name(table));
+    let found = sqlx::query_scalar(AssertSqlSafe(statement)).fetch_one(connection).await;
+    found.map_err(|source| Error::Sql { what: "look for rows of a table", source })
 }
 
 pub(super) fn full_name(table: &TableId) -> String {

@@ -67,6 +67,32 @@ pub enum Error {
         #[source]
         source: Poison,
     },
+    #[error("cdc.connect_url is not an address of Kafka Connect: {reason}")]
+    ConnectAddress { reason: String },
+    #[error("cdc.database_address is not host:port: {found}")]
+    DatabaseAddress { found: String },
+    #[error("Kafka Connect at {address} does not answer: {reason}")]
+    ConnectAway { address: String, reason: String },
+    #[error("Kafka Connect refuses ({status}): {reason}")]
+    ConnectAnswer { status: u16, reason: String },
+    #[error("Kafka Connect at {address} has no Debezium connector for PostgreSQL")]
+    PluginMissing { address: String },
+    #[error("the Debezium connector of Kafka Connect is {found}, and versions before 3.7.0 lose rows of a COPY when they are stopped in the middle")]
+    PluginOld { found: String },
+    #[error("Kafka Connect rejects the settings of connector {connector}: {}", fields.iter().map(|(name, why)| format!("{name}: {why}")).collect::<Vec<_>>().join(" · "))]
+    Rejected { connector: String, fields: Vec<(String, String)> },
+    #[error("connector {connector} is not ours: {reason}")]
+    ConnectorForeign { connector: String, reason: String },
+    #[error("connector {connector} exists, but the state database knows nothing of it")]
+    ConnectorUnknown { connector: String },
+    #[error("connector {connector} has no offsets, though its snapshot was taken")]
+    OffsetsMissing { connector: String },
+    #[error("connector {connector} is gone")]
+    ConnectorGone { connector: String },
+    #[error("connector {connector} does not stand still")]
+    NotStopped { connector: String },
+    #[error("connector {connector} failed: {trace}")]
+    TaskFailed { connector: String, trace: String, remedy: String },
     #[error("could not start the capture's thread")]
     Thread(#[source] std::io::Error),
     #[error("the capture's thread panicked")]
@@ -123,12 +149,48 @@ impl Diagnose for Error {
             Self::SlotBusy { .. } => operator("stop the other process, or name another cdc.slot here".to_owned()),
             Self::Progress { .. } => operator("repair the row in ledgerline.cdc_snapshot of the state database".to_owned()),
             Self::Row { .. } => operator("exclude the table in cdc.tables_exclude, and report the value as a bug".to_owned()),
-            Self::Ended | Self::Thread(_) => Fault::Transient,
+            Self::ConnectAddress { .. } => operator("write cdc.connect_url as http://host:8083, with https:// and a user where it asks for them".to_owned()),
+            Self::DatabaseAddress { .. } => operator("write cdc.database_address as Kafka Connect reaches the source, or leave it empty".to_owned()),
+            Self::ConnectAnswer { status, .. } => connect_fault(*status),
+            Self::PluginMissing { .. } => operator("put debezium-connector-postgres 3.7.0 or newer into the plugin.path of Kafka Connect".to_owned()),
+            Self::PluginOld { .. } => operator("install debezium-connector-postgres 3.7.0 or newer in Kafka Connect".to_owned()),
+            Self::Rejected { fields, .. } => operator(rejected_remedy(fields)),
+            Self::ConnectorForeign { .. } => operator("choose another cdc.topic_prefix, or delete that connector if nobody needs it".to_owned()),
+            Self::ConnectorUnknown { .. } => {
+                operator("choose another cdc.topic_prefix, or remove connector, offsets, slot and publication with `ledgerline cdc remove`".to_owned())
+            }
+            Self::OffsetsMissing { .. } => operator(format!("somebody deleted the offsets, or another engine began this capture; {NEW_SNAPSHOT}")),
+            Self::TaskFailed { remedy, .. } => operator(remedy.clone()),
+            Self::ConnectAway { .. } | Self::ConnectorGone { .. } | Self::NotStopped { .. } | Self::Ended | Self::Thread(_) => Fault::Transient,
             Self::Decode { .. } | Self::Panicked => Fault::Bug,
             Self::Stream(error) => error.fault(),
             Self::Topics(error) => error.fault(),
         }
     }
+}
+
+/// What an answer of Connect's REST asks for. 409 is a rebalance, 5xx a worker in trouble: both pass.
+fn connect_fault(status: u16) -> Fault {
+    match status {
+        401 | 403 => Fault::Operator("name a user in cdc.connect_url and set LEDGERLINE__CDC__CONNECT_PASSWORD".to_owned()),
+        409 | 500.. => Fault::Transient,
+        _ => Fault::Operator("correct what Kafka Connect names; its worker's log has the whole story".to_owned()),
+    }
+}
+
+/// The fields tell what is wrong; some of them are not told where to mend it.
+fn rejected_remedy(fields: &[(String, String)]) -> String {
+    let about = |prefix: &str| fields.iter().any(|(name, _)| name.starts_with(prefix));
+    if fields.iter().any(|(_, why)| why.contains("password")) {
+        return "Kafka Connect must know the source's password: give its worker the config provider and the value that cdc.database_password names".to_owned();
+    }
+    if about("database.") {
+        return "Kafka Connect must reach the source: cdc.database_address is where, if it is not the address of source.url".to_owned();
+    }
+    if about("producer.override.") {
+        return "set connector.client.config.override.policy = All on the worker of Kafka Connect".to_owned();
+    }
+    "correct the keys of [cdc] these settings come from; the worker's log has the whole story".to_owned()
 }
 
 fn sql_fault(error: &sqlx::Error) -> Fault {

@@ -18,6 +18,7 @@ mod boundaries;
 mod catalog;
 mod copy_text;
 mod dead_letter;
+mod debezium;
 mod envelope;
 mod error;
 mod health;
@@ -27,6 +28,7 @@ mod ledger;
 mod moments;
 mod native;
 mod pgoutput;
+mod prepare;
 mod progress;
 mod sending;
 mod slot;
@@ -39,21 +41,27 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    admin::{Removal, SnapshotState, Standing, remove, standing},
+    admin::{Applied, Removal, SlotStep, SnapshotState, Standing, apply, has_slot, remove, standing},
     error::{Error, Poison},
-    native::run,
     progress::{LaneEnd, SnapshotEnds, snapshot_ends},
     source::wal_position,
-    stats::{Latency, SlotHealth, SnapshotProgress, Stats, Step, TableStats},
+    stats::{Connector, ConnectorTask, Latency, SlotHealth, SnapshotProgress, Stats, Step, TableStats},
 };
-use crate::units::Span;
+use crate::{secret::Secret, stage::Control, stream, units::Span};
 
 /// Settings of the capture, `[cdc]` in `config.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// What reads the WAL: our own engine.
+    /// What reads the WAL: our own engine, or Debezium on Kafka Connect.
     pub engine: Engine,
+    /// Kafka Connect's REST, with a user where it asks for one; its password is `LEDGERLINE__CDC__CONNECT_PASSWORD`.
+    pub connect_url: String,
+    /// Where Connect finds the source, as `host:port`; empty: where we find it.
+    pub database_address: String,
+    /// What Connect is told as the source's password, where there is one: a reference that its config provider resolves.
+    /// [`CLEAR_PASSWORD`] hands over the password itself, which Connect keeps in a topic and shows to whoever asks.
+    pub database_password: String,
     /// The first part of every topic's name, and Debezium's logical name of this source.
     pub topic_prefix: String,
     /// Tables to capture as `schema.table`; `*` stands for any text, so `public.*` is a whole schema.
@@ -70,6 +78,30 @@ pub struct Config {
     pub heartbeat: Span,
     /// BEGIN and END of every commit on the transaction topic; the warehouse needs them to show whole payments only.
     pub transaction_metadata: bool,
+    /// Of Kafka Connect's user; from the environment only.
+    #[serde(skip)]
+    pub connect_password: Option<Secret>,
+}
+
+/// As `cdc.database_password`: Connect is told the password itself.
+pub const CLEAR_PASSWORD: &str = "clear";
+
+/// Captures until stopped, with the engine that is configured.
+///
+/// Whichever it is: every committed change reaches its topic at least once and with the same bytes, boundaries count them, the slot
+/// is confirmed only behind what the broker acknowledged, and a gap stops the stage with an error that names the remedy.
+pub async fn run(
+    source: Secret,
+    state: Secret,
+    bootstrap_servers: String,
+    stream: stream::Config,
+    config: Config,
+    control: Control<Stats>,
+) -> Result<(), Error> {
+    match config.engine {
+        Engine::Native => native::run(source, state, bootstrap_servers, stream, config, control).await,
+        Engine::Debezium => debezium::run(source, state, bootstrap_servers, stream, config, control).await,
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,12 +109,14 @@ pub struct Config {
 pub enum Engine {
     #[default]
     Native,
+    Debezium,
 }
 
 impl Engine {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Native => "native",
+            Self::Debezium => "debezium",
         }
     }
 }
@@ -111,6 +145,9 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             engine: Engine::Native,
+            connect_url: "http://localhost:8083".to_owned(),
+            database_address: String::new(),
+            database_password: "${env:LEDGERLINE_SOURCE_PASSWORD}".to_owned(),
             topic_prefix: "bank".to_owned(),
             tables: crate::change::BANK_TABLES.iter().map(|table| format!("public.{table}")).collect(),
             tables_exclude: Vec::new(),
@@ -119,6 +156,7 @@ impl Default for Config {
             snapshot: SnapshotMode::Initial,
             heartbeat: Span::from_secs(10),
             transaction_metadata: true,
+            connect_password: None,
         }
     }
 }

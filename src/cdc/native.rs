@@ -5,7 +5,6 @@
 
 use std::{
     collections::BTreeSet,
-    num::NonZeroU32,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -24,6 +23,7 @@ use super::{
     error::Error,
     health::{self, Health},
     heartbeat::{self, Memory, Position},
+    prepare,
     progress::{LaneEnd, Store},
     sending::Flow,
     slot::{self, Replication, Start},
@@ -37,11 +37,7 @@ use crate::{
     fault::{Backoff, Diagnose as _, Fault, chain},
     secret::Secret,
     stage::{Control, Phase},
-    stream::{
-        self,
-        producer::Producer,
-        topics::{self, Wanted},
-    },
+    stream::{self, producer::Producer, topics},
 };
 
 const RETRY_FIRST: Duration = Duration::from_millis(200);
@@ -61,7 +57,7 @@ const POSITIONS_READ: i64 = 2000;
 ///
 /// It runs on a thread of its own: transport and decoder hand over a hundred thousand rows a second, and on one thread that
 /// costs no wake-ups (measured: half of the CPU went into switching between the runtime's threads).
-pub async fn run(
+pub(super) async fn run(
     source: Secret,
     state: Secret,
     bootstrap_servers: String,
@@ -73,7 +69,7 @@ pub async fn run(
         source: Source::new(&source)?,
         state,
         bootstrap_servers,
-        partitions: stream.partitions,
+        stream,
         topics: Topics::new(&config.topic_prefix),
         config,
         streamed: false,
@@ -130,7 +126,7 @@ struct Capture {
     source: Source,
     state: Secret,
     bootstrap_servers: String,
-    partitions: NonZeroU32,
+    stream: stream::Config,
     topics: Topics,
     config: Config,
     /// Whether the stream has flowed since the start.
@@ -179,10 +175,12 @@ impl Capture {
         let name = self.config.slot.clone();
         let found = slot::wait_until_free(&mut connection, &name, |text| self.tell(control, Step::Connecting, Some(text))).await?;
         let start = slot::decide(&name, &self.source.database, found.as_ref(), progress.as_ref())?;
-        let tables = self.publish(&mut connection, &tables, &start).await?;
+        let published = prepare::publish(&mut connection, &self.config, &tables, matches!(start, Start::Resume { .. }), false).await?;
+        self.stats.uncaptured = published.uncaptured;
+        let tables = published.captured;
         let asking = topics::Topics::connect(&self.bootstrap_servers)?;
-        self.ensure_topics(&asking, &tables).await?;
-        let producer = Arc::new(Producer::new(&self.bootstrap_servers)?);
+        let bytes_max = prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
+        let producer = Arc::new(Producer::new(&self.bootstrap_servers, bytes_max)?);
         let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
         let (client, snapshot, confirmed, last_commit) = match start {
             Start::Resume { snapshot, confirmed } => {
@@ -191,7 +189,7 @@ impl Capture {
             }
             Start::Fresh | Start::Over => {
                 if start == Start::Over {
-                    tracing::warn!(slot = name, "the snapshot was cut short, starting over");
+                    tracing::warn!(slot = name, "no snapshot was finished with this slot, starting over");
                     slot::drop_slot(&mut connection, &name).await?;
                 }
                 let (client, snapshot) = self.begin(&mut store, &asking, &producer, &mut envelope, &tables, control).await?;
@@ -213,43 +211,6 @@ impl Capture {
         let (seen, health) = watch::channel(None);
         let watching = tokio::spawn(health::watch(self.source.clone(), name, self.config.publication.clone(), seen));
         Ok(Open { client, streaming: Streaming::new(setup, envelope, producer, control.stop.clone()), health, _watching: Watching(watching) })
-    }
-
-    /// Makes or completes the publication. The tables that are captured: a pattern's table that cannot be is left out and told.
-    async fn publish(&mut self, connection: &mut sqlx::PgConnection, wanted: &BTreeSet<TableId>, start: &Start) -> Result<BTreeSet<TableId>, Error> {
-        let publication = &self.config.publication;
-        let resuming = matches!(start, Start::Resume { .. });
-        let Some(published) = catalog::published(connection, publication).await? else {
-            if resuming {
-                return Err(Error::PublicationMissing { publication: publication.clone() });
-            }
-            catalog::create_publication(connection, publication, wanted).await?;
-            return Ok(wanted.clone());
-        };
-        let mut captured = wanted.clone();
-        let mut uncaptured = Vec::new();
-        for table in wanted.difference(&published) {
-            // Before the slot exists no change is missed; afterwards only a table without rows can join.
-            let rows_are_missed = resuming && self.config.snapshot == SnapshotMode::Initial;
-            if !catalog::publish(connection, publication, table, rows_are_missed).await? {
-                if self.config.tables.contains(&table.to_string()) {
-                    return Err(Error::Uncaptured { table: table.to_string(), publication: publication.clone() });
-                }
-                tracing::warn!(%table, "left out: it has rows from before it was captured");
-                captured.remove(table);
-                uncaptured.push(table.to_string());
-            }
-        }
-        self.stats.uncaptured = uncaptured;
-        Ok(captured)
-    }
-
-    async fn ensure_topics(&self, asking: &topics::Topics, tables: &BTreeSet<TableId>) -> Result<(), Error> {
-        let single = [self.topics.boundaries(), self.topics.heartbeat(), self.topics.dead_letters(), format!("{}.message", self.topics.prefix())];
-        let single = single.into_iter().map(|topic| Wanted { topic, partitions: NonZeroU32::MIN });
-        let by_table = tables.iter().map(|it| Wanted { topic: self.topics.table(it), partitions: self.partitions });
-        asking.ensure(single.chain(by_table).collect()).await?;
-        Ok(asking.require_single(&self.topics.boundaries()).await?)
     }
 
     /// Asks the heartbeat topic whether the slot stands where we left it; the commit before its position.
@@ -276,10 +237,8 @@ impl Capture {
         tables: &BTreeSet<TableId>,
         control: &Control<Stats>,
     ) -> Result<(Replication, Lsn), Error> {
-        store.begin(&self.config.slot).await?;
         self.tell(control, Step::Snapshot, Some("the slot is being made; it waits for transactions that are open on the source".to_owned()));
-        let made = slot::create(&self.source, &self.config.slot, &self.config.publication).await?;
-        store.made(made.consistent_point).await?;
+        let made = prepare::make_slot(store, &self.source, &self.config).await?;
         let mut ends = Vec::new();
         if self.config.snapshot == SnapshotMode::Initial {
             tracing::info!(tables = tables.len(), lsn = %made.consistent_point, "taking the snapshot");

@@ -73,6 +73,16 @@ impl Store {
         }
     }
 
+    /// Reads the row, and makes nothing: without the table there is none.
+    pub(super) async fn look(state: &Secret, topic_prefix: &str) -> Result<Option<Progress>, Error> {
+        let mut store = Self { connection: source::connect_state(state).await?, topic_prefix: topic_prefix.to_owned() };
+        let known: bool =
+            sqlx::query_scalar("select to_regclass('ledgerline.cdc_snapshot') is not null").fetch_one(&mut store.connection).await.map_err(failed)?;
+        let found = if known { store.read().await? } else { None };
+        store.close().await;
+        Ok(found)
+    }
+
     pub(super) async fn read(&mut self) -> Result<Option<Progress>, Error> {
         const READ: &str = "select slot, lsn, finished_at, ends from ledgerline.cdc_snapshot where topic_prefix = $1";
         let row = sqlx::query(READ).bind(&self.topic_prefix).fetch_optional(&mut self.connection).await.map_err(failed)?;

@@ -54,6 +54,26 @@ impl Source {
         })
     }
 
+    pub(super) fn host(&self) -> &str {
+        &self.host
+    }
+
+    pub(super) const fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub(super) fn user(&self) -> &str {
+        &self.user
+    }
+
+    pub(super) fn has_password(&self) -> bool {
+        !self.password.reveal().is_empty()
+    }
+
+    pub(super) const fn password(&self) -> &Secret {
+        &self.password
+    }
+
     /// A connection for SQL.
     pub(super) async fn connect(&self) -> Result<PgConnection, Error> {
         connect(&self.options, "connect to the source").await

@@ -41,8 +41,11 @@ pub struct Stats {
     pub broker_away: bool,
     /// Tables that match a pattern of `cdc.tables` but hold rows from before they were captured, so they are left out.
     pub uncaptured: Vec<String>,
-    /// How often the connection to the source or the producer had to be made anew.
+    /// How often the connection to the source or the producer had to be made anew, or a failed task of the connector restarted.
     pub reconnects: u64,
+    /// The connector in Kafka Connect; None with the native engine, and while Connect has not answered.
+    #[serde(default)]
+    pub connector: Option<Connector>,
 }
 
 impl Stats {
@@ -81,11 +84,52 @@ pub struct TableStats {
     pub inserts: u64,
     pub updates: u64,
     pub deletes: u64,
+    /// Changes of which only the number is known: Debezium's END does not say what they were.
+    #[serde(default)]
+    pub changes: u64,
 }
 
 impl TableStats {
     pub fn n_events(&self) -> u64 {
-        self.reads + self.inserts + self.updates + self.deletes
+        self.reads + self.inserts + self.updates + self.deletes + self.changes
+    }
+}
+
+/// A connector as Kafka Connect tells of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connector {
+    pub name: String,
+    /// `RUNNING`, `PAUSED`, `STOPPED`, `FAILED`, `UNASSIGNED` or `RESTARTING`.
+    pub state: String,
+    /// Why it failed.
+    pub trace: Option<String>,
+    pub tasks: Vec<ConnectorTask>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectorTask {
+    pub id: u32,
+    /// As a connector's.
+    pub state: String,
+    pub worker: String,
+    /// The first line of its stack trace, and what that was caused by.
+    pub trace: Option<String>,
+}
+
+impl Connector {
+    /// `RUNNING · task 0 FAILED on 10.0.0.7:8083: …`, one line.
+    pub fn shown(&self) -> String {
+        let mut text = self.state.clone();
+        if let Some(trace) = &self.trace {
+            text += &format!(": {trace}");
+        }
+        for task in &self.tasks {
+            text += &format!(" · task {} {} on {}", task.id, task.state, task.worker);
+            if let Some(trace) = &task.trace {
+                text += &format!(": {trace}");
+            }
+        }
+        if self.tasks.is_empty() { text + " · no task" } else { text }
     }
 }
 

@@ -418,9 +418,7 @@ impl Streaming {
 
     /// Brings the counters that are kept per relation, and the histogram, into the stats; `before` are the sums of earlier streams.
     pub(super) fn report(&self, stats: &mut Stats, before: &Stats) {
-        for (name, earlier) in &before.tables {
-            stats.tables.insert(name.clone(), *earlier);
-        }
+        stats.tables.clone_from(&before.tables);
         for described in self.tables.values() {
             let sum = stats.tables.entry(described.table.id.to_string()).or_default();
             sum.inserts += described.counted.inserts;

@@ -1,9 +1,9 @@
-//! `cdc status` and `cdc remove`.
+//! `cdc status`, `cdc apply` and `cdc remove`.
 
 use serde::Serialize;
 
 use crate::{
-    cdc::{self, Removal, SnapshotState, Standing, Stats},
+    cdc::{self, Applied, Removal, SlotStep, SnapshotState, Standing, Stats},
     cli::{self, CdcCommand, Output},
     config::Loaded,
     exit::{Exit, Failure},
@@ -32,6 +32,7 @@ struct Report {
 pub(super) async fn cdc(loaded: &Loaded, command: CdcCommand) -> Result<Exit, Failure> {
     match command {
         CdcCommand::Status(output) => status(loaded, &output).await,
+        CdcCommand::Apply(flags) => apply(loaded, &flags).await,
         CdcCommand::Remove(flags) => remove(loaded, &flags).await,
     }
 }
@@ -40,7 +41,7 @@ async fn status(loaded: &Loaded, output: &Output) -> Result<Exit, Failure> {
     let interrupted = super::interrupts();
     let mut reach = super::Reach::take(loaded, Needs::POSTGRES, &interrupted).await?;
     let asked = async {
-        let standing = cdc::standing(&reach.addresses.source, &reach.addresses.state, &loaded.config.cdc).await;
+        let standing = cdc::standing(&reach.addresses.source, &reach.addresses.state, &loaded.cdc()).await;
         let standing = standing.map_err(|error| Failure::from_error(&error))?;
         let running = match reach.owner.take() {
             Some(owner) => {
@@ -51,10 +52,7 @@ async fn status(loaded: &Loaded, output: &Output) -> Result<Exit, Failure> {
         };
         Ok(Status { schema: 1, standing, running })
     };
-    let asked = tokio::select! {
-        asked = asked => asked,
-        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted")),
-    };
+    let asked = super::unless_interrupted(&interrupted, asked).await;
     reach.release().await;
     let status = asked?;
     if output.json {
@@ -68,6 +66,12 @@ async fn status(loaded: &Loaded, output: &Output) -> Result<Exit, Failure> {
 fn shown(status: &Status) -> String {
     let Standing { slot, publication, health, source_lsn, .. } = &status.standing;
     let mut text = format!("engine       {}\n", status.standing.engine.as_str());
+    if let Some(connector) = &status.standing.connector {
+        text += &format!("connector    {} · {}\n", connector.name, connector.shown());
+    }
+    if let Some(trouble) = &status.standing.connect_trouble {
+        text += &format!("connector    not known: {trouble}\n");
+    }
     text += &match &status.running {
         Some(stats) => format!("capture      {}{}\n", stats.step.as_str(), if stats.phase == Phase::Paused { " · paused" } else { "" }),
         None => "capture      not running on this data dir\n".to_owned(),
@@ -97,8 +101,64 @@ fn shown(status: &Status) -> String {
     }
 }
 
+#[derive(Serialize)]
+struct Preparation {
+    schema: u32,
+    #[serde(flatten)]
+    applied: Applied,
+    unchanged: bool,
+}
+
+async fn apply(loaded: &Loaded, flags: &cli::Apply) -> Result<Exit, Failure> {
+    let config = &loaded.config;
+    let interrupted = super::interrupts();
+    let reach = super::Reach::take(loaded, Needs { stream: true, ..Needs::POSTGRES }, &interrupted).await?;
+    let addresses = &reach.addresses;
+    let applying = async {
+        let applied = cdc::apply(&addresses.source, &addresses.state, &addresses.kafka, &config.stream, &config.cdc, flags.dry_run).await;
+        applied.map_err(|error| Failure::from_error(&error))
+    };
+    let applied = super::unless_interrupted(&interrupted, applying).await;
+    reach.release().await;
+    let applied = applied?;
+    if flags.output.json {
+        super::print_json(&Preparation { schema: 1, unchanged: applied.is_unchanged(), applied })?;
+    } else {
+        super::print(&applied_text(&applied))?;
+    }
+    Ok(Exit::Right)
+}
+
+fn applied_text(applied: &Applied) -> String {
+    let would = if applied.dry_run { "would be " } else { "" };
+    let mut text = format!("publication  {}", applied.publication);
+    text += &match (applied.publication_created, applied.tables_added.as_slice()) {
+        (true, tables) => format!(" {would}created for {}\n", tables.join(", ")),
+        (false, []) => " is as it should be\n".to_owned(),
+        (false, tables) => format!(" {would}extended by {}\n", tables.join(", ")),
+    };
+    if !applied.tables_left_out.is_empty() {
+        text += &format!("             left out, because they have rows from before: {}\n", applied.tables_left_out.join(", "));
+    }
+    text += &match applied.topics_created.as_slice() {
+        [] => "topics       are all there\n".to_owned(),
+        topics => format!("topics       {would}created: {}\n", topics.join(", ")),
+    };
+    text += &format!("slot         {}", applied.slot);
+    text += &match &applied.slot_step {
+        SlotStep::Made { lsn: Some(lsn) } => format!(" created at {lsn}: the source keeps WAL for it from now on\n"),
+        SlotStep::Made { lsn: None } => format!(" {would}created\n"),
+        SlotStep::Kept { confirmed, active } => format!(" exists, confirmed {confirmed}{}\n", if *active { ", being read" } else { "" }),
+        SlotStep::LeftToConnector => " is made by the connector when it first starts\n".to_owned(),
+    };
+    if applied.snapshot_comes && applied.slot_step != SlotStep::LeftToConnector {
+        text += "             the first start makes it anew, in one moment with the snapshot of the rows that exist\n";
+    }
+    text
+}
+
 async fn remove(loaded: &Loaded, flags: &cli::Remove) -> Result<Exit, Failure> {
-    let config = &loaded.config.cdc;
+    let config = &loaded.cdc();
     let interrupted = super::interrupts();
     // A pipeline that runs on it is told here, with its pid.
     let data_dir = super::take_data_dir(&loaded.data_dir())?;
@@ -106,7 +166,7 @@ async fn remove(loaded: &Loaded, flags: &cli::Remove) -> Result<Exit, Failure> {
     let removing = async {
         let source = &services.addresses.source;
         let found = cdc::remove(source, config, true).await.map_err(|error| Failure::from_error(&error))?;
-        let nothing = found.slot.is_none() && found.publication.is_none();
+        let nothing = found.slot.is_none() && found.publication.is_none() && found.connector.is_none();
         if flags.dry_run || nothing {
             return Ok(Report { schema: 1, removal: found, removed: false });
         }
@@ -117,10 +177,7 @@ async fn remove(loaded: &Loaded, flags: &cli::Remove) -> Result<Exit, Failure> {
         let removal = cdc::remove(source, config, false).await.map_err(|error| Failure::from_error(&error))?;
         Ok(Report { schema: 1, removal, removed: true })
     };
-    let report = tokio::select! {
-        report = removing => report,
-        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted")),
-    };
+    let report = super::unless_interrupted(&interrupted, removing).await;
     services.stop().await;
     let report = report?;
     if flags.output.json {
@@ -134,13 +191,14 @@ async fn remove(loaded: &Loaded, flags: &cli::Remove) -> Result<Exit, Failure> {
 fn named(removal: &Removal) -> String {
     let slot = removal.slot.as_ref().map(|it| format!("slot {it} (it keeps {} of WAL)", bytes_for_people(removal.wal_freed_bytes)));
     let publication = removal.publication.as_ref().map(|it| format!("publication {it}"));
-    slot.into_iter().chain(publication).collect::<Vec<_>>().join(" and ")
+    let connector = removal.connector.as_ref().map(|it| format!("connector {it} with its offsets"));
+    connector.into_iter().chain(slot).chain(publication).collect::<Vec<_>>().join(" and ")
 }
 
 fn told(report: &Report) -> String {
     let what = named(&report.removal);
     match (what.is_empty(), report.removed) {
-        (true, _) => "there is neither slot nor publication\n".to_owned(),
+        (true, _) => "there is nothing to remove\n".to_owned(),
         (false, false) => format!("would drop {what}\n"),
         (false, true) => format!(
             "dropped {what}\nChanges from now on are missing in the topics: to capture again choose a new cdc.topic_prefix, or begin anew with `ledgerline reset`.\n"

@@ -1,5 +1,7 @@
 //! `dag …`: runs and tasks, from the run history; orders go to the engine that runs, or to one started for the order.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 use crate::{
@@ -24,8 +26,12 @@ pub(super) async fn dag(loaded: &Loaded, command: cli::Dag) -> Result<Exit, Fail
         cli::Dag::Runs { dag_id, limit, output } => runs(loaded, &dag_id, limit, &output).await,
         cli::Dag::Show { dag_id, run_id, output } => show(loaded, &dag_id, run_id, &output).await,
         cli::Dag::Trigger { dag_id, dry_run, output } => order(loaded, Command::Trigger { dag_id, dry_run }, &output).await,
-        cli::Dag::Retry { dag_id, task_id, run_id, dry_run, output } => order(loaded, Command::Retry { dag_id, run_id, task_id, dry_run }, &output).await,
-        cli::Dag::Clear { dag_id, task_id, run_id, dry_run, output } => order(loaded, Command::Clear { dag_id, run_id, task_id, dry_run }, &output).await,
+        cli::Dag::Retry(cli::Task { dag_id, task_id, run_id, dry_run, output }) => {
+            order(loaded, Command::Retry { dag_id, run_id, task_id, dry_run }, &output).await
+        }
+        cli::Dag::Clear(cli::Task { dag_id, task_id, run_id, dry_run, output }) => {
+            order(loaded, Command::Clear { dag_id, run_id, task_id, dry_run }, &output).await
+        }
         cli::Dag::Cancel { dag_id, dry_run, output } => order(loaded, Command::Cancel { dag_id, dry_run }, &output).await,
     }
 }
@@ -140,7 +146,7 @@ async fn with_history<T>(loaded: &Loaded, read: impl AsyncFnOnce(&History) -> Re
     let interrupted = super::interrupts();
     let reach = super::Reach::take(loaded, Needs::POSTGRES, &interrupted).await?;
     let history = History::new(&reach.addresses.state);
-    let outcome = read(&history).await;
+    let outcome = super::unless_interrupted(&interrupted, read(&history)).await;
     reach.release().await;
     outcome
 }
@@ -162,15 +168,20 @@ async fn order(loaded: &Loaded, command: Command, output: &Output) -> Result<Exi
     let mode = Mode { goal: bank::Goal::Forever, rate: bank::Rate::default(), schedule: Schedule::Never };
     let pipeline =
         Pipeline::start(loaded, data_dir, services, Parts { scheduler: true, ..Parts::NONE }, mode).await.map_err(|error| Failure::from_error(&error))?;
+    let grace = *loaded.config.startup_grace;
     let outcome = tokio::select! {
-        outcome = carried_out(&pipeline, &dag_id, command, output) => outcome,
+        outcome = carried_out(&pipeline, &dag_id, command, grace, output) => outcome,
         () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted; the run goes on with the next start")),
     };
     pipeline.stop().await;
     outcome
 }
 
-async fn carried_out(pipeline: &Pipeline, dag_id: &str, command: Command, output: &Output) -> Result<Exit, Failure> {
+async fn carried_out(pipeline: &Pipeline, dag_id: &str, command: Command, grace: Duration, output: &Output) -> Result<Exit, Failure> {
+    tokio::time::timeout(grace, pipeline.scheduled()).await.unwrap_or_else(|_| {
+        let why = pipeline.snapshots().borrow().dag.away.clone().unwrap_or_else(|| "it does not answer".to_owned());
+        Err(Failure::new(Exit::Away, format!("the state database is away: {why}")).with_remedy("see whether the server of state.url runs"))
+    })?;
     let reply = pipeline.commander().ask(command).await;
     let answered = said(&reply, output)?;
     let Some(run_id) = reply.run_id else { return Ok(answered) };

@@ -7,7 +7,11 @@ use serde::Serialize;
 use crate::{
     config::Loaded,
     embedded::python,
-    pipeline::{reach, services::Needs},
+    pipeline::{
+        data_dir::{self, DataDir},
+        reach,
+        services::Needs,
+    },
     units::bytes_for_people,
 };
 
@@ -64,6 +68,14 @@ fn failed(name: &'static str, error: &impl crate::fault::Diagnose) -> Finding {
 
 fn data_dir_usable(data_dir: &Path) -> Finding {
     let name = "data dir";
+    if data_dir.exists() {
+        // Only by taking it one sees whose it is and which version wrote it.
+        return match DataDir::take(data_dir) {
+            Ok(_) => Finding { name, ok: true, found: format!("{} can be used", data_dir.display()), remedy: None },
+            Err(error @ data_dir::Error::InUse { .. }) => Finding { name, ok: true, found: error.to_string(), remedy: None },
+            Err(error) => failed(name, &error),
+        };
+    }
     let probe = data_dir.ancestors().find(|it| it.exists()).unwrap_or(data_dir).join(".ledgerline-doctor");
     match fs::write(&probe, b"x").and_then(|()| fs::remove_file(&probe)) {
         Ok(()) => Finding { name, ok: true, found: format!("{} can be written", data_dir.display()), remedy: None },

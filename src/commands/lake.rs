@@ -15,16 +15,13 @@ pub(super) async fn lake(loaded: &Loaded, command: cli::Lake) -> Result<Exit, Fa
     let reach = super::Reach::take(loaded, Needs::LAKE, &interrupted).await?;
     let topics = Topics::new(loaded.config.cdc.topic_prefix.clone());
     let outcome = async {
-        let store = lake::Store::connect(&reach.addresses.lake).await.map_err(|error| Failure::from_error(&error))?;
+        let store = lake::Store::open(&reach.addresses.lake).await.map_err(|error| Failure::from_error(&error))?;
         match command {
             cli::Lake::List { table, limit, output } => list(&store, &topics, table.as_deref(), limit, &output).await,
-            cli::Lake::Verify { sweep, output } => verify(&store, &topics, sweep, &output).await,
+            cli::Lake::Verify { sweep, dry_run, output } => verify(&store, &topics, sweep && !dry_run, &output).await,
         }
     };
-    let outcome = tokio::select! {
-        outcome = outcome => outcome,
-        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted")),
-    };
+    let outcome = super::unless_interrupted(&interrupted, outcome).await;
     reach.release().await;
     outcome
 }

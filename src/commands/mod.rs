@@ -32,6 +32,7 @@ use crate::{
 mod attach;
 mod cdc;
 mod dag;
+mod dlq;
 mod doctor;
 mod kpi;
 mod lake;
@@ -46,7 +47,7 @@ pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
     let loaded = config::load(global.config.as_deref(), std::env::vars(), &overrides).map_err(|error| Failure::usage(&error))?;
     if let Some((unknown, nearest)) = refresh::misspelt_task(&loaded.config.dag) {
         let text = format!("[dag.tasks.{unknown}] names no task, did you mean dag.tasks.{nearest}?");
-        return Err(Failure::new(Exit::Usage, text).with_remedy("`ledgerline dag show MinIO_S3_to_Snowflake` and the README name the tasks"));
+        return Err(Failure::new(Exit::Usage, text).with_remedy("`ledgerline dag show` names the tasks of a DAG"));
     }
     let log_format = global.log_format;
     let owns_logs = matches!(command, Command::Run(_) | Command::Generate(_) | Command::Sink(_) | Command::Scheduler(_) | Command::Attach(_))
@@ -69,6 +70,7 @@ pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
         Command::Kpi(output) => kpi::kpi(&loaded, output).await,
         Command::Reconcile(output) => kpi::reconcile(&loaded, output).await,
         Command::Lake(command) => lake::lake(&loaded, command).await,
+        Command::Dlq(command) => dlq::dlq(&loaded, command).await,
         Command::Doctor(output) => show_doctor(&loaded, output).await,
         Command::Config(ConfigCommand::Show(output)) => show_config(&loaded, output),
         Command::Reset(flags) => reset::reset(&loaded, &flags).await,
@@ -135,8 +137,20 @@ impl Reach {
     }
 }
 
+/// Does the work of a command, unless ^C comes first.
+async fn unless_interrupted<T>(interrupted: &CancellationToken, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::select! {
+        done = work => done,
+        () = interrupted.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted")),
+    }
+}
+
 fn take_data_dir(root: &Path) -> Result<DataDir, Failure> {
-    DataDir::take(root).map_err(|error| match error {
+    held(DataDir::take(root))
+}
+
+fn held(taken: Result<DataDir, data_dir::Error>) -> Result<DataDir, Failure> {
+    taken.map_err(|error| match error {
         data_dir::Error::InUse { .. } => Failure::from_error(&error),
         _ => Failure::usage(&error),
     })
@@ -152,7 +166,7 @@ struct Limits<'a> {
 
 impl<'a> Limits<'a> {
     fn of(interrupted: &'a CancellationToken) -> Self {
-        Self { interrupted, deadline: None, strict: false }
+        Self { interrupted, deadline: None, strict: true }
     }
 
     async fn passed(&self) -> Failure {
@@ -200,7 +214,7 @@ fn print_json(document: &impl Serialize) -> Result<(), Failure> {
 }
 
 /// Results go to stdout; a reader that has left (`| head`) is no error.
-pub(crate) fn print(text: &str) -> Result<(), Failure> {
+fn print(text: &str) -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::new(Exit::Away, format!("could not write to stdout: {error}"))),

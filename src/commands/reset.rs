@@ -9,6 +9,7 @@ use crate::{
     config::Loaded,
     embedded::postgres,
     exit::{Exit, Failure},
+    pipeline::data_dir::DataDir,
     units::bytes_for_people,
 };
 
@@ -26,8 +27,8 @@ pub(super) async fn reset(loaded: &Loaded, flags: &cli::Reset) -> Result<Exit, F
         let report = Report { schema: 1, data_dir: root.display().to_string(), bytes: 0, deleted: false };
         return finish(&report, flags, "there is no data dir");
     }
-    // Taking it proves that nothing runs on it, and that it is ours to delete.
-    let data_dir = super::take_data_dir(&root)?;
+    // Holding it proves that nothing runs on it, and that it is ours to delete.
+    let data_dir = super::held(DataDir::hold(&root))?;
     let bytes = size_of(&root);
     let report = Report { schema: 1, data_dir: root.display().to_string(), bytes, deleted: false };
     if flags.dry_run {

@@ -9,13 +9,14 @@ use crate::{
     dag,
     exit::{Exit, Failure},
     headless::{self, Ends},
+    kpi::Kpis,
     pipeline::{Mode, Parts, Pipeline, data_dir::LOG, goal::Goal, services::Needs},
     telemetry::{self, Front},
     tui,
     units::Span,
 };
 
-use super::Limits;
+use super::{Limits, kpi};
 
 /// How many transactions `--once` posts where nobody says.
 const TRANSACTIONS_ONCE: u64 = 1_000;
@@ -44,13 +45,20 @@ pub(super) async fn run(loaded: &Loaded, flags: Run, log_format: LogFormat) -> R
         (false, Some(duration)) => Some(Goal::For(*duration)),
         (false, None) => None,
     };
+    if let Some(path) = &flags.summary {
+        // Better now than when all the work is done.
+        std::fs::File::options().create(true).append(true).open(path).map_err(|error| {
+            Failure::new(Exit::Usage, format!("could not write the summary {}: {error}", path.display()))
+                .with_remedy("name a file that you may write with --summary")
+        })?;
+    }
     let ends = Ends { goal, deadline: flags.deadline.map(|it| *it) };
     let started = std::time::Instant::now();
     let limits = Limits { interrupted: &interrupted, deadline: ends.deadline, strict: !console };
     let (pipeline, _logs) = launch(loaded, Parts::ALL, Needs::ALL, mode, super::log_front(console, log_format), &limits).await?;
     let ends = Ends { deadline: ends.deadline.map(|it| it.saturating_sub(started.elapsed())), ..ends };
     if !console {
-        return headless::run(pipeline, ends, flags.summary.as_deref(), interrupted).await;
+        return done(headless::run(pipeline, ends, flags.summary.as_deref(), interrupted).await);
     }
     let watched = tui::Watched {
         snapshots: pipeline.snapshots(),
@@ -69,7 +77,15 @@ pub(super) async fn run(loaded: &Loaded, flags: Run, log_format: LogFormat) -> R
     };
     // The console leaves at a signal as well; whichever was seen first, the shell is told of the signal.
     let outcome = if interrupted.is_cancelled() && outcome.is_ok() { Err(Failure::new(Exit::Interrupted, "interrupted; state is kept")) } else { outcome };
-    headless::conclude(pipeline, outcome, ends.goal.is_some(), flags.summary.as_deref()).await
+    done(headless::conclude(pipeline, outcome, ends.goal.is_some(), flags.summary.as_deref()).await)
+}
+
+/// Prints the KPIs of a goal that was reached.
+fn done(concluded: Result<Option<Kpis>, Failure>) -> Result<Exit, Failure> {
+    if let Some(kpis) = concluded? {
+        super::print(&kpi::table_of(&kpis))?;
+    }
+    Ok(Exit::Right)
 }
 
 /// One stage alone, for running on several hosts: always as lines.
@@ -92,8 +108,7 @@ pub(super) async fn stage_alone(loaded: &Loaded, alone: Alone, for_: Option<Span
             over.cancel();
         });
     }
-    let outcome = headless::run(pipeline, Ends::default(), None, over).await;
-    match outcome {
+    match done(headless::run(pipeline, Ends::default(), None, over).await) {
         Err(failure) if failure.exit == Exit::Interrupted && !interrupted.is_cancelled() => Ok(Exit::Right),
         other => other,
     }

@@ -1,13 +1,13 @@
 //! `services`: where everything is, for psql, kcat, aws, DuckDB or a notebook.
 
-use tokio_util::sync::CancellationToken;
-
 use crate::{
+    bank,
     cli::Output,
     config::Loaded,
+    dag::Schedule,
     exit::{Exit, Failure},
     pipeline::{
-        data_dir,
+        Mode, Parts, Pipeline, data_dir,
         services::{Needs, Printed},
         socket::Client,
     },
@@ -20,15 +20,19 @@ pub(super) async fn services(loaded: &Loaded, output: Output) -> Result<Exit, Fa
         print(&printed, &output)?;
         return Ok(Exit::Right);
     }
-    let interrupted: CancellationToken = super::interrupts();
+    let interrupted = super::interrupts();
     let data_dir = super::take_data_dir(&root)?;
-    let mut services = super::start_services(loaded, &data_dir, Needs { dbt: false, ..Needs::ALL }, &super::Limits::of(&interrupted)).await?;
-    let printed = print(&services.printed(), &output);
+    let services = super::start_services(loaded, &data_dir, Needs { dbt: false, ..Needs::ALL }, &super::Limits::of(&interrupted)).await?;
+    let printed = services.printed();
+    // A pipeline without stages: it answers for the data dir, so that single commands find these services.
+    let mode = Mode { goal: bank::Goal::Forever, rate: bank::Rate::default(), schedule: Schedule::Never };
+    let pipeline = Pipeline::start(loaded, data_dir, services, Parts::NONE, mode).await.map_err(|error| Failure::from_error(&error))?;
+    let printed = print(&printed, &output);
     if printed.is_ok() {
         super::tell("The services run until ^C.");
         interrupted.cancelled().await;
     }
-    services.stop().await;
+    pipeline.stop().await;
     printed.map(|()| Exit::Interrupted)
 }
 

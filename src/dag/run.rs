@@ -174,7 +174,8 @@ impl Stage {
         Ok(())
     }
 
-    /// Waits while there is no session: orders are refused with the reason. None when told to stop.
+    /// Waits while there is no session. Before the first one orders wait too; once the database is known to be away, they are refused
+    /// with the reason. None when told to stop.
     async fn wait_out<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
         let stop = self.control.stop.clone();
         let mut work = pin!(work);
@@ -182,8 +183,8 @@ impl Stage {
             tokio::select! { biased;
                 () = stop.cancelled() => return None,
                 result = &mut work => return Some(result),
-                Some(request) = self.orders.recv() => {
-                    let why = self.engine.away.clone().unwrap_or_else(|| "connecting".to_owned());
+                Some(request) = self.orders.recv(), if self.engine.away.is_some() => {
+                    let why = self.engine.away.clone().unwrap_or_default();
                     let _ = request.reply.send(Err(Refusal::Away { why }));
                 }
                 phase = self.control.next_wish() => self.engine.phase = phase,

@@ -126,19 +126,24 @@ fn is_text(column: &Column) -> bool {
     }
 }
 
+/// Why the lake does not take a record; None where it does.
+pub fn refusal(key: Option<&[u8]>, value: Option<&[u8]>) -> Option<&'static str> {
+    let is_text = |text: Option<&[u8]>| text.is_none_or(|it| std::str::from_utf8(it).is_ok());
+    match (is_text(key), is_text(value)) {
+        (true, true) => None,
+        (false, _) => Some("the key is not UTF-8"),
+        (true, false) => Some("the value is not UTF-8"),
+    }
+}
+
 /// Copies what is text; the rest is dead.
 fn without_dead_letters(run: &Records, dead: &mut Vec<DeadLetter>) -> Records {
     let mut clean = Records::default();
     let clocks = run.offsets.iter().zip(&run.timestamps_ms);
     for ((offset, timestamp_ms), (key, value)) in clocks.zip(run.keys.rows().zip(run.values.rows())) {
-        let is_text = |text: Option<&[u8]>| text.is_none_or(|it| std::str::from_utf8(it).is_ok());
-        let reason = match (is_text(key), is_text(value)) {
-            (true, true) => {
-                clean.push(*offset, *timestamp_ms, key, value);
-                continue;
-            }
-            (false, _) => "the key is not UTF-8",
-            (true, false) => "the value is not UTF-8",
+        let Some(reason) = refusal(key, value) else {
+            clean.push(*offset, *timestamp_ms, key, value);
+            continue;
         };
         dead.push(DeadLetter { offset: *offset, timestamp_ms: *timestamp_ms, key: key.map(Into::into), value: value.map(Into::into), reason });
     }

@@ -27,6 +27,17 @@ pub enum Error {
     },
     #[error("the object store at {0} does not honour If-None-Match, so two writers could overwrite each other's commit records")]
     NotWriteOnce(String),
+    #[error("bucket {bucket} does not exist at {address}, and may not be created")]
+    NoBucket {
+        bucket: String,
+        address: String,
+        #[source]
+        source: Cause,
+    },
+    #[error("bucket {bucket} is not in region {region}: {found}")]
+    WrongRegion { bucket: String, region: String, found: String },
+    #[error("found no credentials for AWS")]
+    NoCredentials(#[source] Cause),
     #[error("object {0} is missing")]
     Missing(String),
     #[error("object {key} is not what its commit record says: {what}")]
@@ -64,8 +75,15 @@ impl Diagnose for Error {
         match self {
             Self::StoreAway { .. } | Self::Kafka(_) | Self::DeadLetters { .. } => Fault::Transient,
             Self::StoreRefuses { .. } => {
-                Fault::Operator("check lake.bucket and lake.region, and that LEDGERLINE__LAKE__ACCESS_KEY_ID and LEDGERLINE__LAKE__SECRET_ACCESS_KEY may read and write the bucket".into())
+                Fault::Operator("check lake.bucket and lake.region, and that LEDGERLINE__LAKE__ACCESS_KEY_ID and LEDGERLINE__LAKE__SECRET_ACCESS_KEY (on AWS without them: the profile or role) may read and write the bucket".into())
             }
+            Self::NoBucket { bucket, .. } => {
+                Fault::Operator(format!("create it (aws s3 mb s3://{bucket}), allow s3:CreateBucket, or correct lake.bucket"))
+            }
+            Self::WrongRegion { found, .. } => Fault::Operator(format!("set lake.region to the bucket's own: {found}")),
+            Self::NoCredentials(_) => Fault::Operator(
+                "set LEDGERLINE__LAKE__ACCESS_KEY_ID and LEDGERLINE__LAKE__SECRET_ACCESS_KEY, or AWS_PROFILE, or give the container or instance a role".into(),
+            ),
             Self::NotWriteOnce(_) => Fault::Operator("use a store with conditional writes: AWS S3, MinIO of 2024-08 or newer, or lake.endpoint = \"embedded\"".into()),
             Self::LaneStopped { remedy, .. } => Fault::Operator(remedy.clone()),
             Self::Missing(_) | Self::Damaged { .. } | Self::UnreadableCommitRecord { .. } | Self::BrokenChain { .. } | Self::ForeignKey(_) => {

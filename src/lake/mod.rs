@@ -31,6 +31,7 @@ mod lane;
 mod letters;
 mod list;
 pub mod log;
+mod multipart;
 pub mod object;
 mod ship;
 mod stats;
@@ -39,11 +40,11 @@ mod verify;
 
 pub use batch::Limits;
 pub use dead::{Dead, DeadLetter, Identity};
-pub use encode::{Decoded, Row, rows};
+pub use encode::{Decoded, Row, refusal, rows};
 pub use error::Error;
 pub use list::{LaneListing, TableListing, list, read};
 pub use stats::{LaneStats, NewObject, Stats, TableStats};
-pub use store::{Access, Listed, Page, Put, Store};
+pub use store::{Access, Addressing, Listed, Page, Put, Store};
 pub use verify::{Finding, LaneProof, Options, Proof, verify};
 
 use self::{
@@ -64,7 +65,8 @@ use crate::{
     units::{Size, Span},
 };
 
-/// Settings of the lake, `[lake]` in `config.toml`. The keys come from `LEDGERLINE__LAKE__ACCESS_KEY_ID` and `…__SECRET_ACCESS_KEY`.
+/// Settings of the lake, `[lake]` in `config.toml`. The keys come from `LEDGERLINE__LAKE__ACCESS_KEY_ID` and `…__SECRET_ACCESS_KEY`;
+/// on AWS also from wherever its SDK looks.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -72,6 +74,8 @@ pub struct Config {
     pub endpoint: String,
     /// Created if it is absent.
     pub bucket: String,
+    /// Where the bucket's name stands in an address: `auto` (as AWS wants it there, in the path elsewhere), `path`, `virtual`.
+    pub addressing: Addressing,
     /// Signatures name it; MinIO takes any.
     pub region: String,
     /// Seal an object after this many rows: what a warehouse loads well.
@@ -91,6 +95,7 @@ impl Default for Config {
         Self {
             endpoint: "embedded".to_owned(),
             bucket: "lake".to_owned(),
+            addressing: Addressing::Auto,
             region: "us-east-1".to_owned(),
             rows_max: NonZeroUsize::new(50_000).expect("not zero"),
             bytes_max: Size(16 << 20),

@@ -1,12 +1,15 @@
 //! The bucket, by `aws-sdk-s3`: put, put if absent, get, list, delete. MinIO is S3 with another endpoint.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, SystemTime},
+};
 
 use aws_sdk_s3::{
     Client,
     config::{
-        BehaviorVersion, Credentials, Region, RequestChecksumCalculation, ResponseChecksumValidation, StalledStreamProtectionConfig, retry::RetryConfig,
-        timeout::TimeoutConfig,
+        BehaviorVersion, Credentials, ProvideCredentials as _, Region, RequestChecksumCalculation, ResponseChecksumValidation, SharedCredentialsProvider,
+        StalledStreamProtectionConfig, retry::RetryConfig, timeout::TimeoutConfig,
     },
     error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
     primitives::ByteStream,
@@ -15,7 +18,10 @@ use aws_sdk_s3::{
 use bytes::Bytes;
 use url::Url;
 
-use super::error::{Cause, Error};
+use super::{
+    error::{Cause, Error},
+    multipart,
+};
 use crate::secret::Secret;
 
 /// How the bucket is reached. Without an endpoint it is AWS.
@@ -24,15 +30,30 @@ pub struct Access {
     pub endpoint: Option<Url>,
     pub region: String,
     pub bucket: String,
+    pub addressing: Addressing,
+    /// Empty: credentials as AWS's SDK finds them, in the environment, a profile, or the role of the container or instance.
     pub access_key_id: String,
     pub secret_access_key: Secret,
+}
+
+/// Where the bucket's name stands in an address.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Addressing {
+    /// As AWS wants it there, in the path elsewhere.
+    #[default]
+    Auto,
+    /// `https://s3.example.com/lake/…`
+    Path,
+    /// `https://lake.s3.example.com/…`
+    Virtual,
 }
 
 /// One bucket. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Store {
-    client: Client,
-    bucket: String,
+    pub(super) client: Client,
+    pub(super) bucket: String,
     address: String,
 }
 
@@ -68,17 +89,24 @@ const CONNECT: Duration = Duration::from_secs(3);
 const TRY: Duration = Duration::from_secs(30);
 /// Tries inside the client; whoever must not give up tries again around it.
 const TRIES: u32 = 3;
-/// Written once per bucket, to see whether a second write is refused.
-const CHECK_KEY: &str = "_check/write-once";
+/// Where objects lie that see whether a second write is refused, for a moment.
+const CHECKS: &str = "_check/write-once-";
+/// AWS names the region a bucket is really in.
+const BUCKET_REGION: &str = "x-amz-bucket-region";
 
 impl Store {
     /// Connects, creates the bucket if it is absent, and makes sure that the store honours `If-None-Match`.
     pub async fn connect(access: &Access) -> Result<Self, Error> {
-        let address = access.endpoint.as_ref().map_or_else(|| format!("AWS {}", access.region), |it| it.as_str().trim_end_matches('/').to_owned());
-        let store = Self { client: Client::from_conf(client_config(access)), bucket: access.bucket.clone(), address };
+        let store = Self::open(access).await?;
         store.ensure_bucket(&access.region).await?;
         store.check_write_once().await?;
         Ok(store)
+    }
+
+    /// For whoever only reads: asks the store nothing, and creates nothing.
+    pub async fn open(access: &Access) -> Result<Self, Error> {
+        let address = access.endpoint.as_ref().map_or_else(|| format!("AWS {}", access.region), |it| it.as_str().trim_end_matches('/').to_owned());
+        Ok(Self { client: Client::from_conf(client_config(access).await?), bucket: access.bucket.clone(), address })
     }
 
     /// For people: where the bucket is.
@@ -88,6 +116,9 @@ impl Store {
 
     /// Puts an object whose name carries its hash: writing it again changes nothing.
     pub async fn put(&self, key: &str, body: Bytes) -> Result<(), Error> {
+        if body.len() > multipart::PART_BYTES {
+            return multipart::put(self, key, body).await;
+        }
         let sent = self.client.put_object().bucket(&self.bucket).key(key).body(ByteStream::from(body)).send().await;
         sent.map(|_| ()).map_err(|error| failed(format!("put object {key}"), error))
     }
@@ -156,6 +187,10 @@ impl Store {
         match self.client.head_bucket().bucket(&self.bucket).send().await {
             Ok(_) => return Ok(()),
             Err(error) if status(&error) == Some(404) => {}
+            Err(error) if matches!(status(&error), Some(301 | 307)) => {
+                let found = error.raw_response().and_then(|it| it.headers().get(BUCKET_REGION)).unwrap_or("another one").to_owned();
+                return Err(Error::WrongRegion { bucket: self.bucket.clone(), region: region.to_owned(), found });
+            }
             Err(error) => return Err(failed(doing(), error)),
         }
         let mut create = self.client.create_bucket().bucket(&self.bucket);
@@ -164,34 +199,53 @@ impl Store {
                 create.create_bucket_configuration(CreateBucketConfiguration::builder().location_constraint(BucketLocationConstraint::from(region)).build());
         }
         match create.send().await {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                tracing::info!(bucket = self.bucket, address = self.address, "bucket created");
+                Ok(())
+            }
             // Another process of ours was quicker.
-            Err(error) if matches!(error.code(), Some("BucketAlreadyOwnedByYou" | "BucketAlreadyExists")) => Ok(()),
-            Err(error) => Err(failed(doing(), error)),
+            Err(error) if matches!(error.code(), Some("BucketAlreadyOwnedByYou")) => Ok(()),
+            Err(error) => match failed(doing(), error) {
+                Error::StoreRefuses { source, .. } => Err(Error::NoBucket { bucket: self.bucket.clone(), address: self.address.clone(), source }),
+                away => Err(away),
+            },
         }
     }
 
+    /// Writes an object twice, each time only if it is absent. A name of this moment's own: others may be checking too.
     async fn check_write_once(&self) -> Result<(), Error> {
-        let body = Bytes::from_static(b"ledgerline wrote this once, to see whether a second write is refused\n");
-        for _ in 0..2 {
-            match self.put_if_absent(CHECK_KEY, body.clone()).await {
-                Ok(Put::Exists) => return Ok(()),
-                Ok(Put::Written) => {}
-                Err(Error::StoreRefuses { source, .. }) if source.to_string().contains("NotImplemented") => break,
-                Err(error) => return Err(error),
-            }
+        static CHECK: AtomicU64 = AtomicU64::new(0);
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let key = format!("{CHECKS}{now}-{}-{}", std::process::id(), CHECK.fetch_add(1, Ordering::Relaxed));
+        let body = Bytes::from_static(b"ledgerline wrote this, to see whether a second write is refused\n");
+        let checked = async {
+            self.put_if_absent(&key, body.clone()).await?;
+            self.put_if_absent(&key, body.clone()).await
+        };
+        let verdict = match checked.await {
+            Ok(Put::Exists) => Ok(()),
+            Ok(Put::Written) => Err(Error::NotWriteOnce(self.address.clone())),
+            Err(Error::StoreRefuses { source, .. }) if source.to_string().contains("NotImplemented") => Err(Error::NotWriteOnce(self.address.clone())),
+            Err(error) => return Err(error),
+        };
+        if let Err(error) = self.delete(&key).await {
+            tracing::warn!(key, error = crate::fault::chain(&error), "the object of a check stays behind, it can be deleted");
         }
-        Err(Error::NotWriteOnce(self.address.clone()))
+        verdict
     }
 }
 
-fn client_config(access: &Access) -> aws_sdk_s3::Config {
-    let credentials = Credentials::new(&access.access_key_id, access.secret_access_key.reveal(), None, None, "ledgerline");
+async fn client_config(access: &Access) -> Result<aws_sdk_s3::Config, Error> {
+    let path_style = match access.addressing {
+        Addressing::Auto => access.endpoint.is_some(),
+        Addressing::Path => true,
+        Addressing::Virtual => false,
+    };
     let mut config = aws_sdk_s3::Config::builder()
         .behavior_version(BehaviorVersion::latest())
         .region(Region::new(access.region.clone()))
-        .credentials_provider(credentials)
-        .force_path_style(true)
+        .credentials_provider(credentials(access).await?)
+        .force_path_style(path_style)
         .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT).operation_attempt_timeout(TRY).build())
         .retry_config(RetryConfig::standard().with_max_attempts(TRIES))
         // The signature covers the body and we check SHA-256 ourselves; some stores know no newer checksums.
@@ -200,7 +254,18 @@ fn client_config(access: &Access) -> aws_sdk_s3::Config {
         // A store that flushes to a busy disk is silent for a while; the timeout above is the limit.
         .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
     config.set_endpoint_url(access.endpoint.as_ref().map(|it| it.as_str().trim_end_matches('/').to_owned()));
-    config.build()
+    Ok(config.build())
+}
+
+/// The keys that were given, or the SDK's own search. It is tried here, so that who has none hears it at once.
+async fn credentials(access: &Access) -> Result<SharedCredentialsProvider, Error> {
+    if !access.access_key_id.is_empty() {
+        return Ok(SharedCredentialsProvider::new(Credentials::new(&access.access_key_id, access.secret_access_key.reveal(), None, None, "ledgerline")));
+    }
+    let found = aws_config::defaults(BehaviorVersion::latest()).region(Region::new(access.region.clone())).load().await;
+    let provider = found.credentials_provider().ok_or_else(|| Error::NoCredentials("no provider of credentials".into()))?;
+    provider.provide_credentials().await.map_err(|error| Error::NoCredentials(DisplayErrorContext(&error).to_string().into()))?;
+    Ok(provider)
 }
 
 fn status<E>(error: &SdkError<E>) -> Option<u16> {
@@ -208,7 +273,7 @@ fn status<E>(error: &SdkError<E>) -> Option<u16> {
 }
 
 /// 4xx other than a conflict or a request to slow down is a refusal: a person must change something.
-fn failed<E>(doing: String, error: SdkError<E>) -> Error
+pub(super) fn failed<E>(doing: String, error: SdkError<E>) -> Error
 where
     E: std::error::Error + Send + Sync + ProvideErrorMetadata + 'static,
 {
@@ -220,4 +285,35 @@ where
     };
     let refuses = matches!(status, Some(400 | 401 | 403 | 404 | 405 | 411 | 501));
     if refuses { Error::StoreRefuses { doing, source } } else { Error::StoreAway { doing, source } }
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_sdk_s3::presigning::PresigningConfig;
+
+    use super::*;
+
+    /// The address of an object, as the client would ask for it.
+    async fn address(endpoint: Option<&str>, addressing: Addressing) -> String {
+        let access = Access {
+            endpoint: endpoint.map(|it| it.parse().unwrap()),
+            region: "eu-central-1".to_owned(),
+            bucket: "lake".to_owned(),
+            addressing,
+            access_key_id: "id".to_owned(),
+            secret_access_key: Secret::new("secret"),
+        };
+        let store = Store::open(&access).await.unwrap();
+        let request = store.client.get_object().bucket("lake").key("a/b").presigned(PresigningConfig::expires_in(Duration::from_secs(60)).unwrap());
+        request.await.unwrap().uri().split('?').next().unwrap().to_owned()
+    }
+
+    #[tokio::test]
+    async fn a_bucket_is_addressed_by_path_or_by_host() {
+        let minio = Some("http://minio.example.com:9000");
+        assert_eq!(address(minio, Addressing::Auto).await, "http://minio.example.com:9000/lake/a/b");
+        assert_eq!(address(minio, Addressing::Virtual).await, "http://lake.minio.example.com:9000/a/b");
+        assert_eq!(address(None, Addressing::Auto).await, "https://lake.s3.eu-central-1.amazonaws.com/a/b");
+        assert_eq!(address(None, Addressing::Path).await, "https://s3.eu-central-1.amazonaws.com/lake/a/b");
+    }
 }

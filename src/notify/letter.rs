@@ -149,7 +149,7 @@ pub fn failure(run: &Subject, failed: &Failure) -> Letter {
     }
     page.heading("What to do");
     page.say("Mend the cause, then run the task again. In the console: 3 for the DAGs, choose the task, r. Or on the command line:");
-    page.verbatim(&format!("ledgerline dag retry {} '{}' {}", run.dag_id, run.run_id, failed.task_id));
+    page.verbatim(&format!("ledgerline dag retry {} {} --run-id '{}'", run.dag_id, failed.task_id, run.run_id));
     if failed.held_letters > 0 {
         page.say(&format!("It failed {} more times since the last letter about it.", grouped(failed.held_letters.into())));
     }
@@ -325,7 +325,7 @@ started 2026-11-22T12:00:00Z, 1.2 s ago
             "  transaction_id  difference\n              77        0.01\n",
             "target/compiled/assert_ledger_balances.sql",
             "reconcile, refresh_kpis",
-            "ledgerline dag retry demo 'scheduled__2026-11-22T12:00:00+00:00' dbt_test_analytics",
+            "ledgerline dag retry demo dbt_test_analytics --run-id 'scheduled__2026-11-22T12:00:00+00:00'",
             "119 more times",
             "at most every 1h",
         ] {

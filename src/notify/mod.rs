@@ -4,9 +4,10 @@
 //! the run, and delivered from there by [`run`], the stage that owns the transport. Recording is what a task waits for: a mail
 //! server that is away delays letters, never the pipeline. After a crash a recorded letter is delivered by the next start;
 //! recording it again changes nothing. A file is written once (temporary name, then rename); SMTP repeats a letter only if the
-//! crash fell between the server's OK and our note of it, and then under the same Message-ID.
+//! crash fell between the server's OK and our note of it, and then under the same Message-ID. Which recipients have a letter is
+//! noted: one that the server does not take neither holds up the others nor makes them get it twice.
 
-use std::{fmt, num::NonZeroU32, str::FromStr};
+use std::{fmt, num::NonZeroU32, path::PathBuf, str::FromStr};
 
 use chrono::{DateTime, Utc};
 use lettre::message::Mailbox;
@@ -30,8 +31,12 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// `"file"` writes `.eml` files into the data dir; `"smtp://user@host:25"` sends.
+    /// `"file"` writes `.eml` files into the data dir; `"smtps://user@host"` and the like send.
     pub transport: Transport,
+    /// Certificates (PEM) that are trusted beside the system's: a private authority's. Empty: none.
+    pub ca_file: PathBuf,
+    /// Whether the password may go to another host over a connection that is not encrypted.
+    pub allow_plain_sign_in: bool,
     /// Who writes; its domain also ends the Message-IDs.
     pub from: Address,
     /// Who is written to.
@@ -50,6 +55,8 @@ impl Default for Config {
         let address = |text: &str| text.parse().expect("the default is an address");
         Self {
             transport: Transport::File,
+            ca_file: PathBuf::new(),
+            allow_plain_sign_in: false,
             from: address("ledgerline <ledgerline@localhost>"),
             to: vec![address("operations@localhost")],
             repeat_after: Span::from_secs(3600),
@@ -63,24 +70,50 @@ impl Default for Config {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Transport {
     File,
-    /// Plain SMTP; the password comes from the environment.
+    /// The password comes from the environment.
     Smtp {
         user: Option<String>,
         host: String,
         port: u16,
+        encryption: Encryption,
     },
 }
 
-/// SMTP between servers; a submission server is named with its port.
-const SMTP_PORT: u16 = 25;
+/// How the connection to the server is protected, in the words of lettre's addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encryption {
+    /// `smtp://`: not at all.
+    None,
+    /// `smtp://…?tls=opportunistic`: STARTTLS where the server offers it.
+    Opportunistic,
+    /// `smtp://…?tls=required`: STARTTLS, or nothing is sent.
+    StartTls,
+    /// `smtps://`: TLS from the first byte.
+    Tls,
+}
+
+impl Encryption {
+    /// The port where none is named: between servers, submission, submission over TLS.
+    const fn port(self) -> u16 {
+        match self {
+            Self::None => 25,
+            Self::Opportunistic | Self::StartTls => 587,
+            Self::Tls => 465,
+        }
+    }
+}
 
 impl fmt::Display for Transport {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::File => formatter.write_str("file"),
-            Self::Smtp { user: None, host, port } => write!(formatter, "smtp://{host}:{port}"),
-            Self::Smtp { user: Some(user), host, port } => write!(formatter, "smtp://{user}@{host}:{port}"),
-        }
+        let Self::Smtp { user, host, port, encryption } = self else { return formatter.write_str("file") };
+        let (scheme, query) = match encryption {
+            Encryption::None => ("smtp", ""),
+            Encryption::Opportunistic => ("smtp", "?tls=opportunistic"),
+            Encryption::StartTls => ("smtp", "?tls=required"),
+            Encryption::Tls => ("smtps", ""),
+        };
+        let user = user.as_ref().map(|it| format!("{it}@")).unwrap_or_default();
+        write!(formatter, "{scheme}://{user}{host}:{port}{query}")
     }
 }
 
@@ -91,21 +124,32 @@ impl FromStr for Transport {
         if text == "file" {
             return Ok(Self::File);
         }
-        let refuse = || format!("{:?} is not a way to send mail: write file, or smtp://user@host:port", crate::secret::without_password(text));
-        let (user, place) =
-            text.strip_prefix("smtp://").map(|rest| rest.rsplit_once('@').map_or((None, rest), |(user, place)| (Some(user), place))).ok_or_else(refuse)?;
+        let refuse = || {
+            let shown = crate::secret::without_password(text);
+            format!("{shown:?} is not a way to send mail: write file, smtps://user@host, smtp://user@host?tls=required (STARTTLS) or smtp://host:port")
+        };
+        let (scheme, rest) = text.split_once("://").ok_or_else(refuse)?;
+        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let encryption = match (scheme, query) {
+            ("smtp", "") => Encryption::None,
+            ("smtp", "tls=opportunistic") => Encryption::Opportunistic,
+            ("smtp", "tls=required") => Encryption::StartTls,
+            ("smtps", "") => Encryption::Tls,
+            _ => return Err(refuse()),
+        };
+        let (user, place) = rest.rsplit_once('@').map_or((None, rest), |(user, place)| (Some(user), place));
         if user.is_some_and(|user| user.contains(':')) {
             return Err("a password does not belong into mail.transport: set LEDGERLINE__MAIL__PASSWORD".to_owned());
         }
         let place = place.trim_end_matches('/');
         let (host, port) = match place.rsplit_once(':') {
             Some((host, port)) => (host, port.parse().map_err(|_| refuse())?),
-            None => (place, SMTP_PORT),
+            None => (place, encryption.port()),
         };
         if host.is_empty() || user == Some("") {
             return Err(refuse());
         }
-        Ok(Self::Smtp { user: user.map(str::to_owned), host: host.to_owned(), port })
+        Ok(Self::Smtp { user: user.map(str::to_owned), host: host.to_owned(), port, encryption })
     }
 }
 
@@ -199,6 +243,22 @@ pub enum Error {
         #[source]
         source: lettre::transport::smtp::Error,
     },
+    #[error("could not prepare TLS to the mail server {host}")]
+    Tls {
+        host: String,
+        #[source]
+        source: lettre::transport::smtp::Error,
+    },
+    #[error("could not read the certificates of mail.ca_file {path}")]
+    CaFile {
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the password for {host} would go there without encryption")]
+    PlainSignIn { host: String },
+    #[error("mail.transport names user {user}, and there is no password")]
+    NoPassword { user: String },
 }
 
 impl Error {
@@ -219,6 +279,12 @@ impl Diagnose for Error {
             Self::Database { .. } | Self::Silent { .. } | Self::Smtp { .. } => Fault::Transient,
             Self::NewerOutbox { .. } => Fault::Operator("use the version of ledgerline that wrote this outbox, or another state database".to_owned()),
             Self::Compose(_) => Fault::Bug,
+            Self::Tls { .. } => Fault::Operator("check mail.ca_file, and that the system's certificates can be read".to_owned()),
+            Self::CaFile { .. } => Fault::Operator("name a readable file of certificates in PEM in mail.ca_file, or leave it empty".to_owned()),
+            Self::PlainSignIn { host } => Fault::Operator(format!(
+                "write mail.transport as smtps://user@{host} or smtp://user@{host}?tls=required; mail.allow_plain_sign_in = true sends it all the same"
+            )),
+            Self::NoPassword { .. } => Fault::Operator("set LEDGERLINE__MAIL__PASSWORD in the environment, or take the user out of mail.transport".to_owned()),
             Self::File { path, .. } => Fault::Operator(format!("make {path} writable, or free space there")),
         }
     }
@@ -230,14 +296,24 @@ mod tests {
 
     #[test]
     fn a_transport_reads_as_it_is_written_and_takes_no_password() {
-        for text in ["file", "smtp://mail.example.org:2525", "smtp://ledgerline@mail.example.org:587"] {
+        for text in [
+            "file",
+            "smtp://mail.example.org:2525",
+            "smtp://ledgerline@mail.example.org:587?tls=required",
+            "smtp://mail.example.org:587?tls=opportunistic",
+            "smtps://night@shift@mail.example.org:465",
+        ] {
             assert_eq!(text.parse::<Transport>().expect("valid").to_string(), text);
         }
         assert_eq!("smtp://relay".parse::<Transport>().expect("valid").to_string(), "smtp://relay:25");
+        assert_eq!("smtps://relay".parse::<Transport>().expect("valid").to_string(), "smtps://relay:465");
+        assert_eq!("smtp://relay?tls=required".parse::<Transport>().expect("valid").to_string(), "smtp://relay:587?tls=required");
+        let starttls = "smtp+starttls://me@relay".parse::<Transport>().expect_err("another spelling");
+        assert!(starttls.contains("?tls=required"), "{starttls}");
         let refusal = "smtp://me:hunter2@relay".parse::<Transport>().expect_err("a password");
         assert!(refusal.contains("LEDGERLINE__MAIL__PASSWORD") && !refusal.contains("hunter2"), "{refusal}");
         assert!("pigeon".parse::<Transport>().is_err());
-        assert!("smtp://:25".parse::<Transport>().is_err());
+        assert!("smtp://:25".parse::<Transport>().is_err() && "smtp://relay?tls=maybe".parse::<Transport>().is_err());
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::{
     Config, Error, Stats,
     alarm::{self, Alarm, Word},
     letter::Letter,
-    transport::{Carrier, Parcel, is_refusal},
+    transport::{Carrier, Handover, Parcel},
 };
 use crate::{
     fault::{self, Backoff, Diagnose, Fault},
@@ -42,7 +42,7 @@ const SHOWN: i64 = 20;
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 
 /// The outbox's tables, version by version.
-const MIGRATIONS: [&str; 1] = [include_str!("schema.sql")];
+const MIGRATIONS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema_2.sql")];
 
 /// What a letter is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -322,32 +322,60 @@ async fn deliver_one(connection: &mut PgConnection, carrier: &Carrier) -> Result
     let mut transaction = answer(doing, connection.begin()).await?;
     let row = answer(doing, sqlx::query(TAKE_ONE).bind(Utc::now()).fetch_optional(&mut *transaction)).await?;
     let Some(row) = row else { return Ok(Delivery::NothingDue) };
-    let (message_id, tries, parcel) = parcel_from(&row).map_err(Error::failed(doing))?;
-    let delivered = carrier.deliver(parcel).await;
-    let (state, error) = match &delivered {
-        Ok(()) => ("sent", None),
-        Err(error) if is_refusal(error) => ("refused", Some(fault::chain(error))),
-        Err(error) => ("waiting", Some(fault::chain(error))),
+    let (message_id, tries, mut seen, parcel) = parcel_from(&row).map_err(Error::failed(doing))?;
+    let handover = carrier.deliver(parcel).await;
+    let away = seen.note(handover);
+    let state = match (&away, seen.reached.is_empty()) {
+        (Some(_), _) => MailState::Waiting,
+        (None, false) => MailState::Sent,
+        (None, true) => MailState::Refused,
     };
+    let told: Vec<String> = seen.refusals.iter().cloned().chain(away.clone()).collect();
+    let error = (!told.is_empty()).then(|| told.join("; "));
     let now = Utc::now();
     let next_try_at = now + TimeDelta::from_std(try_again_after(tries)).unwrap_or_default();
-    let update = sqlx::query(UPDATE_MAIL).bind(&message_id).bind(state).bind(now).bind(next_try_at).bind(&error);
-    answer("note a delivery", update.execute(&mut *transaction)).await?;
+    let update = sqlx::query(UPDATE_MAIL).bind(&message_id).bind(state.to_string()).bind(now).bind(next_try_at).bind(&error);
+    answer("note a delivery", update.bind(&seen.reached).bind(&seen.refusals).execute(&mut *transaction)).await?;
     answer("note a delivery", transaction.commit()).await?;
-    Ok(match (state, error) {
-        ("sent", _) => {
+    Ok(match state {
+        MailState::Sent => {
             info!(message_id, "mail sent");
+            if let Some(error) = error {
+                warn!(message_id, error, "mail refused for good for some of its recipients");
+            }
             Delivery::Sent
         }
-        ("refused", error) => {
+        MailState::Refused => {
             warn!(message_id, error, "mail refused for good");
             Delivery::Refused
         }
-        (_, error) => {
+        MailState::Waiting => {
             warn!(message_id, error, "mail waits");
             Delivery::Away(error.unwrap_or_default())
         }
     })
+}
+
+/// What was noted of a letter's recipients by earlier tries, and is added to by this one.
+struct Seen {
+    reached: Vec<String>,
+    /// `address: why`.
+    refusals: Vec<String>,
+}
+
+impl Seen {
+    /// Whether it still has to go to this address.
+    fn is_open(&self, address: &str) -> bool {
+        let is_refused = |it: &String| it.strip_prefix(address).is_some_and(|rest| rest.starts_with(": "));
+        !self.reached.iter().any(|it| it == address) && !self.refusals.iter().any(is_refused)
+    }
+
+    /// Why the rest waits, if some do.
+    fn note(&mut self, handover: Handover) -> Option<String> {
+        self.reached.extend(handover.reached.iter().map(ToString::to_string));
+        self.refusals.extend(handover.refused.iter().map(|(address, error)| format!("{address}: {}", fault::chain(error))));
+        handover.away.map(|error| fault::chain(&error))
+    }
 }
 
 /// After so many failed tries before this one.
@@ -393,11 +421,11 @@ const UPSERT_ALARM: &str = "insert into ledgerline.mail_alarm (dag_id, task_id, 
 const INSERT_MAIL: &str = "insert into ledgerline.mail_outbox (message_id, dag_id, run_id, kind, sender, recipients, subject, message, recorded_at, next_try_at) \
      values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $9) on conflict (message_id) do nothing";
 
-const TAKE_ONE: &str = "select message_id, tries, recorded_at, sender, recipients, message from ledgerline.mail_outbox \
+const TAKE_ONE: &str = "select message_id, tries, recorded_at, sender, recipients, message, reached, refusals from ledgerline.mail_outbox \
      where state = 'waiting' and next_try_at <= $1 order by recorded_at limit 1 for update skip locked";
 
-const UPDATE_MAIL: &str = "update ledgerline.mail_outbox set state = $2, sent_at = case $2 when 'sent' then $3 end, tries = tries + 1, next_try_at = $4, error = $5 \
-     where message_id = $1";
+const UPDATE_MAIL: &str = "update ledgerline.mail_outbox set state = $2, sent_at = case $2 when 'sent' then $3 end, tries = tries + 1, next_try_at = $4, error = $5, \
+     reached = $6, refusals = $7 where message_id = $1";
 
 const PRUNE: &str = "delete from ledgerline.mail_outbox where state <> 'waiting' and recorded_at < \
      (select recorded_at from ledgerline.mail_outbox order by recorded_at desc offset $1 limit 1)";
@@ -426,13 +454,19 @@ async fn alarm_of(transaction: &mut Transaction<'_, Postgres>, dag_id: &str, tas
     row.map(read).transpose().map_err(Error::failed(doing))
 }
 
-fn parcel_from(row: &PgRow) -> Result<(String, u32, Parcel), sqlx::Error> {
+fn parcel_from(row: &PgRow) -> Result<(String, u32, Seen, Parcel), sqlx::Error> {
     let address = |text: String| text.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)));
     let message_id: String = row.try_get(0)?;
-    let recipients: Result<Vec<lettre::Address>, sqlx::Error> = row.try_get::<Vec<String>, _>(4)?.into_iter().map(address).collect();
+    let mut seen = Seen { reached: row.try_get(6)?, refusals: row.try_get(7)? };
+    let everybody: Vec<String> = row.try_get(4)?;
+    if !everybody.iter().any(|it| seen.is_open(it)) {
+        // It waits though everybody is settled: a person has put it back, for all.
+        seen = Seen { reached: Vec::new(), refusals: Vec::new() };
+    }
+    let recipients: Result<Vec<lettre::Address>, sqlx::Error> = everybody.into_iter().filter(|it| seen.is_open(it)).map(address).collect();
     let envelope = Envelope::new(Some(address(row.try_get(3)?)?), recipients?).map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
     let parcel = Parcel { file_name: file_name(&message_id, row.try_get(2)?), envelope, message: row.try_get(5)? };
-    Ok((message_id, row.try_get::<i32, _>(1)?.unsigned_abs(), parcel))
+    Ok((message_id, row.try_get::<i32, _>(1)?.unsigned_abs(), seen, parcel))
 }
 
 fn mail_from(row: &PgRow) -> Result<Mail, sqlx::Error> {

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Read as _, Seek as _, Write as _},
-    os::unix::fs::DirBuilderExt as _,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -66,9 +66,30 @@ pub struct S3Key {
     pub secret: Secret,
 }
 
+/// What lies in it and is nobody else's to read: customers, money, letters. PostgreSQL guards its own folder.
+const PRIVATE: [&str; 5] = ["kafka", "s3", "mail", "logs", "dbt"];
+
 impl DataDir {
-    /// Creates it where it is absent, and takes it. Refused where another process holds it.
+    /// Creates it where it is absent, and takes it. Refused where another process holds it, or another version wrote it.
     pub fn take(root: &Path) -> Result<Self, Error> {
+        let this = Self::hold(root)?;
+        let unusable = |source| Error::Unusable { path: root.to_owned(), source };
+        match fs::read_to_string(root.join("version")) {
+            Ok(found) if found.trim() == VERSION.to_string() => {}
+            Ok(found) => return Err(Error::OtherVersion { path: root.to_owned(), found: found.trim().to_owned() }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => fs::write(root.join("version"), VERSION.to_string()).map_err(unusable)?,
+            Err(source) => return Err(unusable(source)),
+        }
+        for part in PRIVATE {
+            let path = root.join(part);
+            let made = fs::create_dir_all(&path).and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o700)));
+            made.map_err(|source| Error::Unusable { path, source })?;
+        }
+        Ok(this)
+    }
+
+    /// Takes it whatever version wrote it: to delete it.
+    pub fn hold(root: &Path) -> Result<Self, Error> {
         let unusable = |source| Error::Unusable { path: root.to_owned(), source };
         let known = root.join("version").exists();
         if !known && root.is_dir() && fs::read_dir(root).map_err(unusable)?.next().is_some() && !root.join("lock").exists() {
@@ -89,12 +110,6 @@ impl DataDir {
             Err(TryLockError::Error(source)) => return Err(unusable(source)),
         }
         lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| write!(lock, "{}", std::process::id())).and_then(|()| lock.sync_data()).map_err(unusable)?;
-        match fs::read_to_string(root.join("version")) {
-            Ok(found) if found.trim() == VERSION.to_string() => {}
-            Ok(found) => return Err(Error::OtherVersion { path: root.to_owned(), found: found.trim().to_owned() }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => fs::write(root.join("version"), VERSION.to_string()).map_err(unusable)?,
-            Err(source) => return Err(unusable(source)),
-        }
         Ok(Self { root: root.to_owned(), _lock: lock })
     }
 
@@ -158,6 +173,19 @@ mod tests {
         drop(DataDir::take(folder.path()).expect("free"));
         fs::write(folder.path().join("version"), "99").expect("written");
         assert!(matches!(DataDir::take(folder.path()), Err(Error::OtherVersion { found, .. }) if found == "99"));
+        DataDir::hold(folder.path()).expect("it can still be deleted");
+    }
+
+    #[test]
+    fn customers_and_letters_are_their_owners_only() {
+        let folder = tempfile::tempdir().expect("a folder");
+        drop(DataDir::take(folder.path()).expect("free"));
+        // As an earlier version left it.
+        fs::set_permissions(folder.path().join("mail"), fs::Permissions::from_mode(0o755)).expect("opened");
+        let data_dir = DataDir::take(folder.path()).expect("free");
+        for part in PRIVATE {
+            assert_eq!(fs::metadata(data_dir.join(part)).expect("there").permissions().mode() & 0o777, 0o700, "{part}");
+        }
     }
 
     #[test]
@@ -169,7 +197,6 @@ mod tests {
 
     #[test]
     fn credentials_are_made_once_and_readable_by_their_owner_only() {
-        use std::os::unix::fs::PermissionsExt as _;
         let folder = tempfile::tempdir().expect("a folder");
         let data_dir = DataDir::take(folder.path()).expect("free");
         let (first, again) = (data_dir.s3_key().expect("made"), data_dir.s3_key().expect("read"));

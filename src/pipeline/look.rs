@@ -116,7 +116,7 @@ impl Eyes {
     async fn commit_record(&self, data: &str, now: &Snapshot) -> Result<Reply, String> {
         let key: lake::object::DataKey = data.parse().map_err(|error: lake::object::ForeignKey| error.to_string())?;
         let topic = self.topic_of(&key.table, now)?;
-        let store = lake::Store::connect(&self.lake).await.map_err(|error| chain(&error))?;
+        let store = lake::Store::open(&self.lake).await.map_err(|error| chain(&error))?;
         let name = lake::object::LogKey { topic: topic.clone(), partition: key.partition, first_offset: key.first_offset }.to_string();
         let bytes = store.get(&name).await.map_err(|error| chain(&error))?;
         let bytes = bytes.ok_or_else(|| format!("no commit record {name}: the object is an orphan, or its record is on its way"))?;
@@ -132,7 +132,7 @@ impl Eyes {
     }
 
     async fn proof(&self) -> Result<Reply, String> {
-        let store = lake::Store::connect(&self.lake).await.map_err(|error| chain(&error))?;
+        let store = lake::Store::open(&self.lake).await.map_err(|error| chain(&error))?;
         let proof = lake::verify(&store, &self.topics, lake::Options::default()).await.map_err(|error| chain(&error))?;
         Ok(verdict_of(&proof, Utc::now()))
     }

@@ -227,7 +227,7 @@ impl Pipeline {
                 stages.insert(name, Running::launch(name, stop.clone(), start));
             }
         };
-        launch(StageName::Bank, &bank.stop, starts::bank(loaded, &services, mode.goal, bank_control));
+        launch(StageName::Bank, &bank.stop, starts::bank(loaded, &services, mode.goal, parts.cdc.then(|| cdc.stats.clone()), bank_control));
         launch(StageName::Cdc, &cdc.stop, starts::cdc(loaded, &services, cdc_control));
         launch(StageName::Lake, &lake.stop, starts::lake(loaded, &services, &topics, lake_control));
         launch(
@@ -297,6 +297,16 @@ impl Pipeline {
         let fresh = snapshots.wait_for(|it| it.at > asked_at).await.map(|it| Arc::clone(&it));
         // The sampler lives as long as the pipeline.
         fresh.unwrap_or_else(|_| Arc::clone(&self.snapshots.borrow()))
+    }
+
+    /// Waits until the scheduler has taken its DAGs over from the run history: from then on it knows its runs.
+    pub async fn scheduled(&self) -> Result<(), Failure> {
+        let mut snapshots = self.snapshots.clone();
+        tokio::select! {
+            // The sampler lives as long as the pipeline.
+            _ = snapshots.wait_for(|it| it.dag.away.is_none() && !it.dag.dags.is_empty()) => Ok(()),
+            failure = self.first_failure() => Err(failure),
+        }
     }
 
     /// Waits until a run is over, and those it triggered.

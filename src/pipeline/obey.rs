@@ -41,6 +41,7 @@ pub(super) async fn obey(
         }
         info!(?command, "asked by an operator");
         match room.order(&command) {
+            Some(_) if !room.again.contains_key(&StageName::Scheduler) => drop(reply.send(not_hosted(StageName::Scheduler))),
             // Orders to the DAG engine may wait for its database; other commands must not wait for them.
             Some((order, dry_run)) => {
                 let dags = room.wishes.dags.borrow().clone();

@@ -69,6 +69,13 @@ pub struct PrintedS3 {
     pub bucket: String,
     pub access_key_id: String,
     pub secret_access_key: String,
+    #[serde(default, skip_serializing_if = "is_auto")]
+    pub addressing: lake::Addressing,
+}
+
+/// What everybody guesses is not told.
+fn is_auto(addressing: &lake::Addressing) -> bool {
+    *addressing == lake::Addressing::Auto
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +92,8 @@ pub enum Error {
     Postgres(#[from] postgres::Error),
     #[error("{key} is not an address: {why}")]
     Address { key: &'static str, why: String },
+    #[error("cdc.transaction_metadata is false, and without it nobody can tell whole payments from halves")]
+    NoBoundaries,
     #[error("no credentials for the lake at {endpoint}")]
     NoLakeCredentials { endpoint: String },
 }
@@ -98,6 +107,7 @@ impl Diagnose for Error {
             Self::Python(error) => error.fault(),
             Self::Postgres(error) => error.fault(),
             Self::Address { key, .. } => Fault::Operator(format!("correct {key}: \"embedded\", or an address with a scheme and a host")),
+            Self::NoBoundaries => Fault::Operator("set cdc.transaction_metadata = true, or run `ledgerline cdc` and `ledgerline sink` without dbt".to_owned()),
             Self::NoLakeCredentials { .. } => {
                 Fault::Operator("set LEDGERLINE__LAKE__ACCESS_KEY_ID and LEDGERLINE__LAKE__SECRET_ACCESS_KEY in the environment".to_owned())
             }
@@ -124,6 +134,7 @@ impl Printed {
             endpoint,
             region: self.s3.region,
             bucket: self.s3.bucket,
+            addressing: self.s3.addressing,
             access_key_id: self.s3.access_key_id,
             secret_access_key: Secret::new(self.s3.secret_access_key),
         };
@@ -159,6 +170,7 @@ impl Services {
             endpoint: None,
             region: config.lake.region.clone(),
             bucket: config.lake.bucket.clone(),
+            addressing: config.lake.addressing,
             access_key_id: String::new(),
             secret_access_key: Secret::default(),
         };
@@ -185,6 +197,9 @@ impl Services {
         }
         if needs.lake && config.lake.endpoint != EMBEDDED {
             external_lake(loaded)?;
+        }
+        if needs.dbt && !config.cdc.transaction_metadata {
+            return Err(Error::NoBoundaries);
         }
         match reach::external(config, needs).iter().find(|it| it.hosts.is_empty()) {
             Some(place) => Err(Error::Address { key: place.key, why: "it names no host".to_owned() }),
@@ -312,11 +327,12 @@ impl Services {
             state: self.addresses.state.reveal().to_owned(),
             kafka: self.addresses.kafka.clone(),
             s3: PrintedS3 {
-                endpoint: lake.endpoint.as_ref().map(ToString::to_string).unwrap_or_default(),
+                endpoint: lake.endpoint.as_ref().map(|it| it.as_str().trim_end_matches('/').to_owned()).unwrap_or_default(),
                 region: lake.region.clone(),
                 bucket: lake.bucket.clone(),
                 access_key_id: lake.access_key_id.clone(),
                 secret_access_key: lake.secret_access_key.reveal().to_owned(),
+                addressing: lake.addressing,
             },
         }
     }
@@ -365,14 +381,18 @@ fn external_lake(loaded: &Loaded) -> Result<lake::Access, Error> {
         endpoint => Some(Url::parse(endpoint).map_err(|error| Error::Address { key: "lake.endpoint", why: error.to_string() })?),
     };
     let secrets = &loaded.secrets;
-    let (Some(id), Some(secret)) = (&secrets.lake_access_key_id, &secrets.lake_secret_access_key) else {
-        return Err(Error::NoLakeCredentials { endpoint: config.endpoint.clone() });
+    let (id, secret) = match (&secrets.lake_access_key_id, &secrets.lake_secret_access_key) {
+        (Some(id), Some(secret)) => (id.reveal().to_owned(), secret.clone()),
+        // The SDK looks where AWS keeps credentials: environment, profile, role.
+        (None, None) if endpoint.is_none() => (String::new(), Secret::default()),
+        _ => return Err(Error::NoLakeCredentials { endpoint: config.endpoint.clone() }),
     };
     Ok(lake::Access {
         endpoint,
         region: config.region.clone(),
         bucket: config.bucket.clone(),
-        access_key_id: id.reveal().to_owned(),
-        secret_access_key: secret.clone(),
+        addressing: config.addressing,
+        access_key_id: id,
+        secret_access_key: secret,
     })
 }

@@ -1,6 +1,6 @@
 //! How each stage is begun, as often as it must be: what it is given of configuration and addresses.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use chrono::Utc;
 use tokio::sync::{mpsc, watch};
@@ -25,11 +25,20 @@ use super::{
 pub(super) type Start = Box<dyn FnMut() -> Life + Send>;
 type Life = Pin<Box<dyn Future<Output = Result<(), supervise::Failed>> + Send>>;
 
-pub(super) fn bank(loaded: &Loaded, services: &Services, goal: bank::Goal, control: stage::Control<bank::Stats, bank::Wish>) -> Start {
-    let (url, config) = (services.addresses.source.clone(), loaded.config.bank.clone());
+/// `capture`: of the same process, if it hosts one. A new bank opens its doors when the capture's slot is there, so all it does is
+/// a change; otherwise it would depend on the moment which rows are read as a state.
+pub(super) fn bank(
+    loaded: &Loaded,
+    services: &Services,
+    goal: bank::Goal,
+    capture: Option<watch::Receiver<cdc::Stats>>,
+    control: stage::Control<bank::Stats, bank::Wish>,
+) -> Start {
+    let (url, config, captured) = (services.addresses.source.clone(), loaded.config.bank.clone(), loaded.config.cdc.clone());
     let ground = ground(loaded);
     Box::new(move || {
         let (url, config, control) = (url.clone(), config.clone(), control.clone());
+        let (captured, capture) = (captured.clone(), capture.clone());
         // What was posted before a failure counts towards the goal.
         let goal = match goal {
             bank::Goal::Transactions(wished) => bank::Goal::Transactions(wished.saturating_sub(control.stats.borrow().transactions)),
@@ -40,9 +49,30 @@ pub(super) fn bank(loaded: &Loaded, services: &Services, goal: bank::Goal, contr
                 return Ok(());
             }
             bank::prepare(&url, ground).await?;
+            if let Some(capture) = capture
+                && !cdc::has_slot(&url, &captured).await?
+            {
+                tokio::select! {
+                    () = control.stop.cancelled() => return Ok(()),
+                    () = slot_is_made(capture, &control) => {}
+                }
+            }
             Ok(bank::run(url, config, goal, Utc::now(), control).await?)
         })
     })
+}
+
+async fn slot_is_made(mut capture: watch::Receiver<cdc::Stats>, control: &stage::Control<bank::Stats, bank::Wish>) {
+    let made = |it: &cdc::Stats| it.step == cdc::Step::Streaming || (it.step == cdc::Step::Snapshot && it.waiting_for.is_none());
+    // Who waits goes on reporting, or would be taken for dead.
+    let mut pulse = tokio::time::interval(Duration::from_millis(500));
+    loop {
+        tokio::select! {
+            _ = capture.wait_for(made) => break,
+            _ = pulse.tick() => control.stats.send_modify(|it| it.waiting = Some("for the capture's replication slot".to_owned())),
+        }
+    }
+    control.stats.send_modify(|it| it.waiting = None);
 }
 
 fn ground(loaded: &Loaded) -> bank::Ground {
@@ -55,15 +85,15 @@ fn ground(loaded: &Loaded) -> bank::Ground {
 
 pub(super) fn cdc(loaded: &Loaded, services: &Services, control: stage::Control<cdc::Stats>) -> Start {
     let addresses = services.addresses.clone();
-    let (stream, config) = (loaded.config.stream.clone(), loaded.config.cdc.clone());
-    // The tables to capture must be there before the publication is made; in our own database we know who makes them.
-    let ours = loaded.config.source.url == EMBEDDED && loaded.config.bank.enabled;
+    let (stream, config) = (loaded.config.stream.clone(), loaded.cdc());
+    // The tables to capture must be there before the publication is made; where the bank runs we know who makes them.
+    let ground = loaded.config.bank.enabled.then(|| ground(loaded)).filter(|it| *it != bank::Ground::Foreign);
     Box::new(move || {
         let (source, state, kafka) = (addresses.source.clone(), addresses.state.clone(), addresses.kafka.clone());
         let (stream, config, control) = (stream.clone(), config.clone(), control.clone());
         Box::pin(async move {
-            if ours {
-                bank::prepare(&source, bank::Ground::Ours).await?;
+            if let Some(ground) = ground {
+                bank::prepare(&source, ground).await?;
             }
             Ok(cdc::run(source, state, kafka, stream, config, control).await?)
         })
@@ -177,10 +207,15 @@ pub(super) fn mail(loaded: &Loaded, data_dir: &DataDir, services: &Services, con
     Box::new(move || {
         let outbox = notify::Outbox::new(&state, &config);
         let (carrier, control) = (notify::Carrier::new(&config, &folder), control.clone());
-        Box::pin(async move { Ok(notify::run(outbox, carrier, control).await?) })
+        Box::pin(async move { Ok(notify::run(outbox, carrier?, control).await?) })
     })
 }
 
 fn mail_config(loaded: &Loaded) -> notify::Config {
-    notify::Config { password: loaded.secrets.mail_password.clone(), ..loaded.config.mail.clone() }
+    let mut config = notify::Config { password: loaded.secrets.mail_password.clone(), ..loaded.config.mail.clone() };
+    // Empty stays empty: the system's authorities alone.
+    if !config.ca_file.as_os_str().is_empty() {
+        config.ca_file = loaded.base.join(&config.ca_file);
+    }
+    config
 }

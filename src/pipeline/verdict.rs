@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::{
     bank,
     dag::{DagStats, RunState, Schedule, TaskState},
-    embedded, refresh,
+    embedded,
+    notify::MailState,
+    refresh,
     stage::Phase,
     units::grouped,
     warehouse::Cut,
@@ -49,6 +51,8 @@ pub enum Way {
     Resume { stages: Vec<StageName> },
     /// Start a run.
     Trigger { dag_id: String },
+    /// Read what keeps the mails.
+    Mails,
 }
 
 impl Verdict {
@@ -66,6 +70,7 @@ impl Verdict {
             Way::Retry { dag_id, run_id, task_id } => format!("`ledgerline dag retry {dag_id} {task_id} --run-id {run_id}`"),
             Way::Resume { .. } => "`ledgerline attach` resumes with p".to_owned(),
             Way::Trigger { dag_id } => format!("`ledgerline dag trigger {dag_id}`"),
+            Way::Mails => "`ledgerline attach` lists them with :mail".to_owned(),
         });
         command.map_or_else(|| self.text.clone(), |command| format!("{} · {command}", self.text))
     }
@@ -100,10 +105,27 @@ const START_SECONDS: i64 = 15;
 /// WAL kept back for the slot beyond this is worth a word.
 const WAL_LATE_BYTES: u64 = 256 << 20;
 
+/// A mail that has waited for longer than this is worth a word.
+const MAIL_LATE_SECONDS: i64 = 60;
+
 pub fn verdict(now: &Snapshot) -> Verdict {
     // Causes stand before what follows from them: of two that are as urgent, the first is said.
-    let truths =
-        [stopped_stage, stopped_lane, wrong_books, failed_task, ailing_service, waiting_stage, stale_stage, still, late, ending, paused, repeated, fresh];
+    let truths = [
+        stopped_stage,
+        stopped_lane,
+        wrong_books,
+        failed_task,
+        ailing_service,
+        waiting_stage,
+        stale_stage,
+        still,
+        late,
+        waiting_mail,
+        ending,
+        paused,
+        repeated,
+        fresh,
+    ];
     let urgent = truths.iter().rev().filter_map(|truth| truth(now)).max_by_key(|verdict| verdict.level);
     urgent.unwrap_or_else(|| all_well(now))
 }
@@ -190,8 +212,11 @@ fn waiting_stage(now: &Snapshot) -> Option<Verdict> {
         let kafka = now.lake.kafka_trouble.as_ref().map(|why| format!("lake: Kafka away: {why}"));
         let bank = now.bank.waiting.as_ref().map(|why| format!("bank waits: {why}"));
         let dag = now.dag.away.as_ref().map(|why| format!("scheduler waits: {why}"));
-        let broker = now.cdc.broker_away.then(|| format!("cdc: Kafka away · {} messages wait", grouped(now.cdc.queued)));
-        lake.or(kafka).or(broker).or(bank).or(dag)
+        let waiting = if now.cdc.connector.is_some() { "its connector waits".to_owned() } else { format!("{} messages wait", grouped(now.cdc.queued)) };
+        let broker = now.cdc.broker_away.then(|| format!("cdc: Kafka away · {waiting}"));
+        // Who reads the WAL elsewhere does not fail here; what it waits for is all there is to say.
+        let connector = now.cdc.connector.as_ref().and(now.cdc.waiting_for.as_ref()).map(|what| format!("cdc waits for {what}"));
+        lake.or(kafka).or(connector).or(broker).or(bank).or(dag)
     };
     late_because(said.or_else(within)?)
 }
@@ -320,6 +345,14 @@ fn patience(now: &Snapshot) -> Option<i64> {
         Ok(Schedule::Cron { .. }) => loading.next_start.filter(|at| (now.at - *at).num_seconds() > CUT_LATE_SECONDS).map(|_| CUT_LATE_SECONDS),
         Ok(Schedule::Never) | Err(_) => None,
     }
+}
+
+/// A server that is busy for a moment is nobody's business.
+fn waiting_mail(now: &Snapshot) -> Option<Verdict> {
+    let oldest = now.mail.newest.iter().filter(|it| it.state == MailState::Waiting).map(|it| it.recorded_at).min()?;
+    let why = now.mail.away.as_ref().filter(|_| (now.at - oldest).num_seconds() > MAIL_LATE_SECONDS)?;
+    let letters = if now.mail.waiting == 1 { "1 mail waits".to_owned() } else { format!("{} mails wait", grouped(now.mail.waiting)) };
+    late_because(format!("{letters} for {}: {why}", ago(now.at, oldest))).map(|it| it.with_way(Way::Mails))
 }
 
 /// Until the KPIs are of what flows now, nothing is well yet: neither right after the start nor after a pause.

@@ -5,7 +5,9 @@ use std::{fmt, num::NonZeroU32, sync::Arc};
 use bytes::Bytes;
 
 pub mod consumer;
+pub mod follow;
 pub mod producer;
+pub mod range;
 pub mod records;
 pub mod tail;
 pub mod topics;
@@ -18,11 +20,13 @@ pub struct Config {
     pub bootstrap_servers: String,
     /// Partitions of each table's topic when we create it. The transaction topic always has one: its order is the order of commits.
     pub partitions: NonZeroU32,
+    /// Replicas of each topic when we create it; 0 is what the brokers' `default.replication.factor` says.
+    pub replication_factor: u16,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { bootstrap_servers: "embedded".to_owned(), partitions: NonZeroU32::MIN }
+        Self { bootstrap_servers: "embedded".to_owned(), partitions: NonZeroU32::MIN, replication_factor: 0 }
     }
 }
 

@@ -29,7 +29,7 @@ const QUEUE_KIB: usize = 32 * 1024;
 const QUEUE_MESSAGES: usize = 50_000;
 /// The largest message we send: a row before and after, as JSON. What is larger needs a person.
 pub const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// Bytes of one batch before it is compressed; the topics we make take a multiple of it.
+/// Bytes of one batch before it is compressed, where the topics take that much; those that we make take a multiple of it.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// How long a full queue is waited for before looking again, should its wake-up be missed.
 const FULL_QUEUE_WAIT: Duration = Duration::from_millis(50);
@@ -177,9 +177,12 @@ impl fmt::Debug for Producer {
 
 impl Producer {
     /// Sets the producer up; connects in the background.
-    pub fn new(bootstrap_servers: &str) -> Result<Self, Error> {
+    ///
+    /// `topic_bytes_max` is the largest batch that every topic it will send to takes: librdkafka does not split what a
+    /// broker refused, so one larger batch of ordinary rows would end it for good.
+    pub fn new(bootstrap_servers: &str, topic_bytes_max: usize) -> Result<Self, Error> {
         let shared = Arc::new(Shared::default());
-        let inner = settings(bootstrap_servers).create_with_context(Deliveries(Arc::clone(&shared))).map_err(Error::Setup)?;
+        let inner = settings(bootstrap_servers, topic_bytes_max).create_with_context(Deliveries(Arc::clone(&shared))).map_err(Error::Setup)?;
         Ok(Self { inner: Some(inner), shared })
     }
 
@@ -280,7 +283,7 @@ pub(super) fn drop_elsewhere(client: impl Send + 'static) {
     drop(std::thread::Builder::new().name("kafka-goodbye".to_owned()).spawn(move || drop(client)));
 }
 
-fn settings(bootstrap_servers: &str) -> ClientConfig {
+fn settings(bootstrap_servers: &str, topic_bytes_max: usize) -> ClientConfig {
     let mut settings = ClientConfig::new();
     settings
         .set("bootstrap.servers", bootstrap_servers)
@@ -295,7 +298,7 @@ fn settings(bootstrap_servers: &str) -> ClientConfig {
         .set("batch.num.messages", "10000")
         // librdkafka has one batch a partition under way, and looks in a hot loop whether the next one, once it is older
         // than the linger, may follow. So a batch takes all there is: measured, a quarter of its thread's CPU.
-        .set("batch.size", BATCH_BYTES.to_string())
+        .set("batch.size", BATCH_BYTES.min(topic_bytes_max).to_string())
         // The same partition as Java's default partitioner chooses, so Debezium can take over and keys keep their order.
         .set("partitioner", "murmur2_random")
         .set("queue.buffering.max.kbytes", QUEUE_KIB.to_string())

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, num::NonZeroU32, sync::Arc, time::Duration};
 
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
-    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    admin::{AdminClient, AdminOptions, ConfigResource, NewTopic, ResourceSpecifier, TopicReplication},
     client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer},
     error::{KafkaError, RDKafkaErrorCode},
@@ -20,11 +20,16 @@ use crate::fault::{Diagnose, Fault};
 /// How long the broker may take for one answer.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(10);
 
+/// Kafka's `message.max.bytes`, of brokers and topics that were not told otherwise.
+const BYTES_MAX_BY_DEFAULT: usize = 1_048_588;
+
 /// A topic somebody needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
     pub topic: String,
     pub partitions: NonZeroU32,
+    /// 0: as many as the brokers find right.
+    pub replication_factor: u16,
 }
 
 /// The offsets a lane spans: `first` is the oldest record's, `end` the next record's.
@@ -59,7 +64,9 @@ impl Diagnose for Error {
                     Fault::Operator(format!("create topic {topic} by hand, or allow this client to create topics"))
                 }
                 RDKafkaErrorCode::InvalidTopic => Fault::Operator(format!("{topic} is not a name a topic can have: change cdc.topic_prefix")),
-                RDKafkaErrorCode::InvalidReplicationFactor => Fault::Operator("start the brokers that default.replication.factor asks for".to_owned()),
+                RDKafkaErrorCode::InvalidReplicationFactor => {
+                    Fault::Operator("start as many brokers as stream.replication_factor (0: their default.replication.factor) asks for, or lower it".to_owned())
+                }
                 _ => Fault::Transient,
             },
             Self::Partitions { topic, .. } => Fault::Operator(format!("delete topic {topic}, or choose another cdc.topic_prefix")),
@@ -107,8 +114,7 @@ impl Topics {
         let message_bytes_max = MESSAGE_BYTES_MAX.to_string();
         let new_topics: Vec<NewTopic<'_>> = missing
             .iter()
-            // Minus one: as many replicas as the broker finds right.
-            .map(|it| NewTopic::new(&it.topic, i32::try_from(it.partitions.get()).unwrap_or(i32::MAX), TopicReplication::Fixed(-1)))
+            .map(|it| NewTopic::new(&it.topic, i32::try_from(it.partitions.get()).unwrap_or(i32::MAX), replication(it.replication_factor)))
             .map(|it| it.set("max.message.bytes", &message_bytes_max))
             .collect();
         let options = AdminOptions::new().operation_timeout(Some(ANSWER_MAX)).request_timeout(Some(ANSWER_MAX));
@@ -120,6 +126,17 @@ impl Topics {
             }
         }
         Ok(())
+    }
+
+    /// The largest batch that each of these topics takes. Where the broker does not say, what Kafka takes by default.
+    pub async fn bytes_max(&self, topics: &[String]) -> Result<usize, Error> {
+        let admin: AdminClient<DefaultClientContext> = settings(&self.bootstrap_servers).create().map_err(|source| self.failed(source))?;
+        let asked: Vec<ResourceSpecifier<'_>> = topics.iter().map(|it| ResourceSpecifier::Topic(it)).collect();
+        let answers = admin.describe_configs(&asked, &AdminOptions::new().request_timeout(Some(ANSWER_MAX))).await;
+        let limit = |answer: &Result<ConfigResource, RDKafkaErrorCode>| answer.as_ref().ok()?.get("max.message.bytes")?.value.as_ref()?.parse().ok();
+        // Not every client may ask, and not every broker answers.
+        let limits = answers.inspect_err(|error| tracing::debug!(%error, "the broker does not say what its topics take")).unwrap_or_default();
+        Ok(limits.iter().map(|it| limit(it).unwrap_or(BYTES_MAX_BY_DEFAULT)).min().unwrap_or(BYTES_MAX_BY_DEFAULT))
     }
 
     /// Refuses a topic whose order would be lost over several partitions.
@@ -210,6 +227,11 @@ impl Topics {
     fn failed(&self, source: KafkaError) -> Error {
         Error::Ask { bootstrap_servers: self.bootstrap_servers.to_string(), source }
     }
+}
+
+fn replication(factor: u16) -> TopicReplication<'static> {
+    // Minus one is Kafka's word for its own default.
+    TopicReplication::Fixed(if factor == 0 { -1 } else { i32::from(factor) })
 }
 
 pub(super) fn settings(bootstrap_servers: &str) -> ClientConfig {

@@ -71,7 +71,7 @@ impl App {
 
     pub(super) fn trigger(&mut self, now: &Snapshot) -> Effect {
         match self.trigger_target(now) {
-            Some(dag_id) => Effect::Send(Command::Trigger { dag_id, dry_run: false }, Purpose::Do),
+            Some(dag_id) => Effect::Send(Command::Trigger { dag_id, dry_run: true }, Purpose::Rehearse),
             None => self.refuse("there is no DAG here: the scheduler is not up yet, or runs elsewhere", now),
         }
     }

@@ -69,7 +69,7 @@ pub(super) fn parse(text: &str, now: &Snapshot) -> Result<Asked, String> {
         }
         ("step", []) => Asked::Key(Action::Step),
         ("trigger", []) => Asked::Key(Action::Trigger),
-        ("trigger", [dag]) => Asked::Command(Command::Trigger { dag_id: dag_named(dag, now)?, dry_run: false }),
+        ("trigger", [dag]) => Asked::Question(Command::Trigger { dag_id: dag_named(dag, now)?, dry_run: true }),
         ("retry", []) => Asked::Key(Action::Retry),
         ("retry", [dag, task]) => {
             let dag_id = dag_named(dag, now)?;

@@ -82,6 +82,8 @@ pub enum Error {
     Gap { lane: String, loaded: i64, found: i64 },
     #[error("the mark of {taken_at} is older than the initial snapshot")]
     StaleMark { taken_at: DateTime<Utc> },
+    #[error("the source holds no bank: {table} is not there")]
+    NoBank { table: &'static str },
     #[error("the source answered with something that is not a snapshot")]
     NotASnapshot,
     #[error("a sum is beyond what an amount of money can hold")]
@@ -121,6 +123,9 @@ impl Diagnose for Error {
                 "run `ledgerline lake verify`; restore what {lane} lacks from a copy of the bucket, or see whether somebody changed raw._loads"
             )),
             Self::StaleMark { .. } => Fault::Transient,
+            Self::NoBank { .. } => {
+                Fault::Operator("let a bank open there first: `ledgerline run`, or see whether source.url names the right database".to_owned())
+            }
             Self::NotASnapshot => Fault::Operator("reconciliation needs PostgreSQL 15 or newer as its source".to_owned()),
             Self::TooLarge => Fault::Data("look for an impossible amount in raw.transactions and raw.accounts".to_owned()),
             Self::Interrupted => Fault::Bug,

@@ -10,6 +10,8 @@ use std::{
 use serde_json::Value;
 use sqlx::{Connection as _, PgConnection};
 
+use crate::lane::{Ground, stack};
+
 /// Far longer than anything here takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -19,6 +21,8 @@ pub(crate) struct Bank {
     folder: PathBuf,
     /// None: somebody else made it, and sweeps it.
     _swept: Option<tempfile::TempDir>,
+    /// None: it is on the embedded services.
+    ground: Option<Ground>,
 }
 
 impl Bank {
@@ -26,13 +30,18 @@ impl Bank {
         let folder = tempfile::tempdir().expect("a folder");
         // PostgreSQL of root runs as nobody: its cluster stays in the data dir where nobody may pass through.
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o711)).expect("ours");
-        let bank = Self { folder: folder.path().to_owned(), _swept: Some(folder) };
+        let bank = Self { folder: folder.path().to_owned(), _swept: Some(folder), ground: None };
         bank.configure("");
         bank
     }
 
+    /// On the servers of this run: with `--features stack` the real ones.
+    pub(crate) fn on_servers() -> Self {
+        Self { ground: stack().map(Ground::open), ..Self::new() }
+    }
+
     pub(crate) fn at(folder: &Path) -> Self {
-        Self { folder: folder.to_owned(), _swept: None }
+        Self { folder: folder.to_owned(), _swept: None, ground: None }
     }
 
     /// Writes `config.toml` anew, with more than what every test needs.
@@ -49,6 +58,7 @@ impl Bank {
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ledgerline"));
         command.args(arguments).current_dir(&self.folder).stdin(Stdio::null());
+        command.envs(self.ground.iter().flat_map(|it| &it.environment).map(|(name, value)| (format!("LEDGERLINE__{name}"), value)));
         command
     }
 

@@ -1,6 +1,7 @@
 //! The services every test shares: one private PostgreSQL, started once per run on a free port, and the Python that has dbt.
 //!
-//! `LEDGERLINE_TEST_POSTGRES` names another server (a superuser on PostgreSQL 15 or newer with `wal_level = logical`).
+//! With `--features stack` it is the real servers' (`lane`). `LEDGERLINE_TEST_POSTGRES` names another server (a superuser on
+//! PostgreSQL 15 or newer with `wal_level = logical`).
 
 use std::{
     path::PathBuf,
@@ -79,7 +80,7 @@ fn house() -> &'static House {
                 let progress = Progress::to(|line| eprintln!("{line}"));
                 let venv = Venv::ensure(&progress).await.unwrap_or_else(|error| panic!("{}", ledgerline::fault::chain(&error)));
                 let python = venv.python().to_owned();
-                if let Ok(postgres) = std::env::var("LEDGERLINE_TEST_POSTGRES") {
+                if let Some(postgres) = std::env::var("LEDGERLINE_TEST_POSTGRES").ok().or_else(|| Some(crate::lane::stack()?.postgres())) {
                     opened.send(House { postgres, python, _caretaker: None }).expect("somebody waits");
                     return;
                 }

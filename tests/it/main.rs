@@ -4,6 +4,7 @@
 
 mod binary;
 mod house;
+mod lane;
 
 mod bad_days;
 mod bank;

@@ -1,4 +1,6 @@
-//! The outbox on a real PostgreSQL, with files and with a small SMTP server.
+//! The outbox on a real PostgreSQL, with files and with a small SMTP server; with a whole one in `smtp`.
+
+mod smtp;
 
 use std::{
     path::Path,
@@ -74,7 +76,7 @@ struct Postman {
 impl Postman {
     fn start(house: &House, outbox: &Outbox, config: &Config) -> Self {
         let (ours, theirs) = stage::control(Stats::default(), Phase::Running, &CancellationToken::new());
-        let task = tokio::spawn(notify::run(outbox.clone(), Carrier::new(config, house.mails.path()), theirs));
+        let task = tokio::spawn(notify::run(outbox.clone(), Carrier::new(config, house.mails.path()).unwrap(), theirs));
         Self { stats: ours.stats, stop: ours.stop, task }
     }
 

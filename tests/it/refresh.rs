@@ -11,11 +11,9 @@ use futures_util::FutureExt;
 use ledgerline::{
     change::Topics,
     dag::{self, Handle, History, Matter, RunState, TaskState},
-    dbt,
-    embedded::s3,
-    kpi,
+    dbt, kpi,
     lake::{
-        Access, Store,
+        Store,
         batch::Sealed,
         encode::encode,
         log::{self, CommitRecord, SCHEMA, append, sha256_hex},
@@ -23,17 +21,15 @@ use ledgerline::{
     },
     notify::{self, Carrier, Outbox},
     refresh::{self, LOADING, Rooms},
-    secret::Secret,
     stage::{self, Phase},
     stream::{Lane, records::Records},
-    units::Size,
     warehouse::postgres::Postgres,
 };
 use sqlx::{AssertSqlSafe, Executor as _, PgConnection, Row};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::house::Database;
+use crate::{house::Database, lane::Lake};
 
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -90,7 +86,7 @@ struct House {
     state: Database,
     store: Store,
     warehouse: Postgres,
-    s3: s3::Server,
+    _lake: Lake,
     dir: tempfile::TempDir,
 }
 
@@ -99,25 +95,10 @@ impl House {
         let create = async |part: &str| Database::create(&format!("refresh_{name}_{part}")).await;
         let (source, warehoused, state) = (create("bank").await, create("warehouse").await, create("state").await);
         let dir = tempfile::tempdir().unwrap();
-        let config = s3::Config {
-            dir: dir.path().join("s3"),
-            access_key_id: "someone".to_owned(),
-            secret_access_key: Secret::new("something"),
-            buckets: vec!["lake".to_owned()],
-            reserve: Size(1 << 20),
-            ..s3::Config::default()
-        };
-        let s3 = s3::Server::start(config).await.unwrap();
-        let access = Access {
-            endpoint: Some(s3.endpoint()),
-            region: "us-east-1".to_owned(),
-            bucket: "lake".to_owned(),
-            access_key_id: "someone".to_owned(),
-            secret_access_key: Secret::new("something"),
-        };
-        let store = Store::connect(&access).await.unwrap();
+        let lake = Lake::open().await;
+        let store = Store::connect(&lake.access).await.unwrap();
         let warehouse = Postgres::connect(&warehoused.url).await.unwrap();
-        let house = Self { source, warehoused, state, store, warehouse, s3, dir };
+        let house = Self { source, warehoused, state, store, warehouse, _lake: lake, dir };
         sqlx::raw_sql(SCHEMA_OF_THE_BANK).execute(&mut house.bank().await).await.unwrap();
         house
     }
@@ -200,7 +181,6 @@ impl House {
     }
 
     async fn clean_up(self) {
-        self.s3.stop().await;
         for database in [self.source, self.warehoused, self.state] {
             database.drop().await;
         }
@@ -244,7 +224,7 @@ impl Refresh {
         let (dags, control) = stage::control(dag::Stats::default(), Phase::Running, &stop);
         let engine = tokio::spawn(dag::run(deal, History::new(&house.state.url), inbox, control));
         let (mails, control) = stage::control(notify::Stats::default(), Phase::Running, &stop);
-        let carrier = Carrier::new(&mail_config, &house.dir.path().join("mail"));
+        let carrier = Carrier::new(&mail_config, &house.dir.path().join("mail")).unwrap();
         let postman = tokio::spawn(notify::run(outbox, carrier, control));
         let mut ready = dags.stats.clone();
         timeout(PATIENCE, ready.wait_for(|it| !it.dags.is_empty() && it.away.is_none())).await.unwrap().unwrap();

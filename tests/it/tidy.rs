@@ -11,7 +11,7 @@ use std::{
 const GROUND: [&str; 5] = ["fault", "latency", "secret", "stage", "units"];
 
 /// Room → the rooms it may know beyond the ground and itself, in the order in which data flows.
-const ARROWS: [(&str, &[&str]); 26] = [
+const ARROWS: [(&str, &[&str]); 27] = [
     ("fault", &[]),
     ("latency", &[]),
     ("secret", &[]),
@@ -22,6 +22,7 @@ const ARROWS: [(&str, &[&str]); 26] = [
     ("stream", &["change"]),
     ("cdc", &["change", "stream"]),
     ("lake", &["change", "stream"]),
+    ("dlq", &["change", "stream", "lake"]),
     ("warehouse", &["change", "stream", "lake"]),
     ("kpi", &["change", "warehouse"]),
     ("dbt", &[]),
@@ -35,7 +36,7 @@ const ARROWS: [(&str, &[&str]); 26] = [
     ("interrupt", &[]),
     ("telemetry", &["cli"]),
     ("pipeline", &["bank", "cdc", "change", "config", "dag", "dbt", "embedded", "exit", "kpi", "lake", "notify", "refresh", "stream", "warehouse"]),
-    ("headless", &["bank", "commands", "exit", "kpi", "pipeline"]),
+    ("headless", &["bank", "exit", "kpi", "pipeline"]),
     ("tui", &["bank", "cdc", "change", "cli", "dag", "dbt", "embedded", "kpi", "lake", "notify", "pipeline", "refresh", "warehouse"]),
     (
         "commands",
@@ -46,6 +47,7 @@ const ARROWS: [(&str, &[&str]); 26] = [
             "cli",
             "config",
             "dag",
+            "dlq",
             "embedded",
             "exit",
             "headless",

@@ -234,6 +234,12 @@ fn facts(scene: Scene, width: usize) -> Vec<Line> {
         Span::raw(format!("{} reconnects", grouped(cdc.reconnects))),
     ];
     lines.push(joined(scene, parts, width));
+    if let Some(connector) = &cdc.connector {
+        let told = format!("connector {} {}", connector.name, connector.shown());
+        let failed = connector.state == "FAILED" || connector.tasks.iter().any(|it| it.state == "FAILED");
+        let span = if failed { scene.mark(State::Failed, &told) } else { Span::raw(told) };
+        lines.push(Line::from(vec![Span::raw(" "), span]));
+    }
     if !cdc.uncaptured.is_empty() {
         lines.push(Line::from(vec![Span::raw(" "), scene.mark(State::Late, &format!("not captured, they were here before: {}", cdc.uncaptured.join(", ")))]));
     }

@@ -87,13 +87,16 @@ fn the_rate_moves_by_tenths_and_keys_in_a_row_add_up() {
 }
 
 #[test]
-fn t_starts_the_dag_in_focus() {
-    let trigger = |dag: &str| done(Command::Trigger { dag_id: dag.into(), dry_run: false });
+fn t_asks_before_it_starts_the_dag_in_focus() {
+    let trigger = |dag: &str| Effect::Send(Command::Trigger { dag_id: dag.into(), dry_run: true }, Purpose::Rehearse);
     let now = busy();
     let mut app = App::new(true);
     assert_eq!(press(&mut app, &now, "t"), [trigger(LOADING)]);
     assert_eq!(press(&mut app, &now, "4 t"), [trigger(TRANSFORMATION)]);
     assert_eq!(press(&mut app, &now, "3 t G t"), [trigger(LOADING), trigger(TRANSFORMATION)]);
+    let dry = Command::Trigger { dag_id: LOADING.into(), dry_run: true };
+    app.hear(dry, Purpose::Rehearse, Reply::done("would: start a run"), &now);
+    assert_eq!(press(&mut app, &now, "y"), [done(Command::Trigger { dag_id: LOADING.into(), dry_run: false })]);
 }
 
 #[test]
@@ -197,7 +200,7 @@ fn commands_are_typed_by_name() {
     };
     assert_eq!(typed("rate 300").0, [rate(300)]);
     assert_eq!(typed("pause lake").0, [done(Command::Pause { stage: StageName::Lake })]);
-    assert_eq!(typed("trigger minio_s3_to_snowflake").0, [done(Command::Trigger { dag_id: LOADING.into(), dry_run: false })]);
+    assert_eq!(typed("trigger minio_s3_to_snowflake").0, [Effect::Send(Command::Trigger { dag_id: LOADING.into(), dry_run: true }, Purpose::Rehearse)]);
     assert_eq!(typed("kpis").1.focus, Pane::Kpis);
     assert_eq!(typed("quit").1.on_top, Some(OnTop::Question(Question::Quit)));
     let (effects, app) = typed("puase");

@@ -97,6 +97,9 @@ pub async fn mark(source: &Secret) -> Result<Mark, Error> {
     let (snapshot, lsn, taken_at) = (row.get::<&str, _>(0).parse()?, row.get::<&str, _>(1).parse().map_err(|_| Error::NotASnapshot)?, row.get(2));
     let mut tables = Vec::with_capacity(TABLES.len());
     for table in &TABLES {
+        if !postgres::exists(&mut transaction, &format!("public.{}", table.name)).await.during(doing)? {
+            return Err(Error::NoBank { table: table.name });
+        }
         let widest: i64 = sqlx::query_scalar(AssertSqlSafe(format!("select coalesce(max(abs(id)), 0)::bigint from public.{}", table.name)))
             .fetch_one(&mut *transaction)
             .await

@@ -41,8 +41,10 @@ fn expected(message: &Golden) -> Comparable {
     (message.key.as_deref().map(masked), value, message.headers.clone())
 }
 
-fn found(message: &Read) -> Comparable {
-    (message.key.as_deref().map(masked), message.value.as_deref().map(masked), message.headers.clone())
+/// With the golden connector's prefix in place of the test's.
+fn found(message: &Read, prefix: &str) -> Comparable {
+    let value = message.value.as_deref().map(|value| masked(value).replace(prefix, PREFIX));
+    (message.key.as_deref().map(masked), value, message.headers.clone())
 }
 
 const TOPICS: [&str; 14] = [
@@ -66,8 +68,10 @@ type Comparable = (Option<String>, Option<String>, Vec<(String, String)>);
 
 /// Compares topic by topic, in the order of offsets; the case is told with the first difference.
 fn assert_same(broker: &mut Broker, golden: &[(String, Golden)]) {
-    for topic in TOPICS.map(|topic| format!("{PREFIX}.{topic}")) {
-        let ours: Vec<Comparable> = broker.read_on(&topic).iter().map(found).collect();
+    let prefix = broker.prefix.clone();
+    for name in TOPICS {
+        let topic = format!("{PREFIX}.{name}");
+        let ours: Vec<Comparable> = broker.read_on(name).iter().map(|it| found(it, &prefix)).collect();
         let theirs: Vec<(&String, Comparable)> = golden.iter().filter(|(_, it)| it.topic == topic).map(|(case, it)| (case, expected(it))).collect();
         for (ours, (case, theirs)) in ours.iter().zip(&theirs) {
             assert_eq!(ours, theirs, "{case} on {topic}");
@@ -91,8 +95,8 @@ async fn every_message_equals_debeziums() {
     database.run(&script("00-schema")).await;
     database.run(&script("01-snapshot")).await;
     let tables: Vec<&str> = TOPICS.into_iter().filter(|it| it.starts_with("public.")).collect();
-    let mut broker = Broker::start(PREFIX, &tables, 1);
-    let capture = Capture::start(&database, broker.address(), config(&database, PREFIX));
+    let mut broker = Broker::start(&database, &tables, 1);
+    let capture = Capture::start(&database, broker.address(), config(&database));
     capture.drain(&database).await;
     let snapshot: Vec<(String, Golden)> = golden("01-snapshot").into_iter().map(|it| ("01-snapshot".to_owned(), it)).collect();
     assert_same(&mut broker, &snapshot);

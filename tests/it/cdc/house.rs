@@ -16,6 +16,8 @@ use ledgerline::{
 };
 use rdkafka::{
     ClientConfig, Message as _, Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer as _},
     message::Headers as _,
     mocking::MockCluster,
@@ -24,6 +26,8 @@ use rdkafka::{
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+
+use crate::lane::{self, stack};
 
 /// Far longer than anything here takes: a test that waits longer fails.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
@@ -36,17 +40,24 @@ fn server() -> String {
 pub(super) struct Database {
     pub(super) name: String,
     pub(super) url: Secret,
+    /// The server it lies on, by another database of it.
+    server: String,
 }
 
 impl Database {
     pub(super) async fn create(test: &str) -> Self {
+        Self::create_on(&server(), test).await
+    }
+
+    /// On another server, of a superuser.
+    pub(super) async fn create_on(server: &str, test: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("cdc_{test}_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let mut admin = PgConnection::connect(&server()).await.expect("the test server runs");
+        let mut admin = PgConnection::connect(server).await.expect("the test server runs");
         sqlx::raw_sql(AssertSqlSafe(format!("create database {name} template template0"))).execute(&mut admin).await.expect("a new database");
-        let mut url = url::Url::parse(&server()).expect("an address");
+        let mut url = url::Url::parse(server).expect("an address");
         url.set_path(&name);
-        Self { name, url: Secret::new(url) }
+        Self { name, url: Secret::new(url), server: server.to_owned() }
     }
 
     pub(super) async fn connect(&self) -> PgConnection {
@@ -89,11 +100,11 @@ async fn run_each(connection: &mut PgConnection, script: &str) {
 
 impl Drop for Database {
     fn drop(&mut self) {
-        let name = self.name.clone();
+        let (name, server) = (self.name.clone(), self.server.clone());
         let dropping = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
             runtime.block_on(async move {
-                let Ok(mut admin) = PgConnection::connect(&server()).await else { return };
+                let Ok(mut admin) = PgConnection::connect(&server).await else { return };
                 for statement in [
                     format!("select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where database = '{name}' and active"),
                     format!("select pg_drop_replication_slot(slot_name) from pg_replication_slots where database = '{name}'"),
@@ -119,36 +130,100 @@ pub(super) struct Read {
     pub(super) headers: Vec<(String, String)>,
 }
 
-/// A broker in memory. It cannot create topics on request, so tests make theirs first.
+/// As a topic: the capture's heartbeat, which has its name before the prefix.
+pub(super) const HEARTBEAT: &str = "__debezium-heartbeat";
+
+/// A broker: one in memory, or with `--features stack` the real one.
 pub(super) struct Broker {
-    pub(super) mock: MockCluster<'static, DefaultProducerContext>,
+    pub(super) address: String,
+    /// The topics of the capture begin with it.
+    pub(super) prefix: String,
+    /// Cannot create topics on request, so tests make theirs first.
+    mock: Option<MockCluster<'static, DefaultProducerContext>>,
+    reader: Reader,
+}
+
+/// Reads topics of a broker, wherever it is.
+pub(super) struct Reader {
     consumer: BaseConsumer,
     /// Where reading goes on, by topic and partition.
     next: HashMap<(String, i32), i64>,
 }
 
 impl Broker {
-    pub(super) fn start(prefix: &str, tables: &[&str], partitions: i32) -> Self {
+    /// Of this run. The prefix is one of the database's own, as topics outlive a test that fails.
+    pub(super) fn start(database: &Database, tables: &[&str], partitions: i32) -> Self {
+        let Some(stack) = stack() else { return Self::in_memory(database, tables, partitions) };
+        let broker = Self::at(stack.kafka(), database, None);
+        broker.create(tables, partitions);
+        broker
+    }
+
+    /// In memory, where it can be away or slow at will.
+    pub(super) fn in_memory(database: &Database, tables: &[&str], partitions: i32) -> Self {
         let mock = MockCluster::new(1).expect("a broker in memory");
-        for table in tables {
-            mock.create_topic(&format!("{prefix}.{table}"), partitions, 1).expect("a topic");
+        let broker = Self::at(mock.bootstrap_servers(), database, Some(mock));
+        for (topic, partitions) in broker.topics(tables, partitions) {
+            broker.mock().create_topic(&topic, partitions, 1).expect("a topic");
         }
-        for single in [format!("{prefix}.transaction"), format!("{prefix}.message"), format!("{prefix}.dead_letters"), format!("__debezium-heartbeat.{prefix}")]
-        {
-            mock.create_topic(&single, 1, 1).expect("a topic");
-        }
+        broker
+    }
+
+    pub(super) fn mock(&self) -> &MockCluster<'static, DefaultProducerContext> {
+        self.mock.as_ref().expect("it is in memory")
+    }
+
+    fn topics(&self, tables: &[&str], partitions: i32) -> Vec<(String, i32)> {
+        let prefix = &self.prefix;
+        let by_table = tables.iter().map(|table| (format!("{prefix}.{table}"), partitions));
+        let single = ["transaction", "message", "dead_letters", HEARTBEAT].map(|topic| (self.name(topic), 1));
+        by_table.chain(single).collect()
+    }
+
+    fn name(&self, topic: &str) -> String {
+        if topic == HEARTBEAT { format!("{HEARTBEAT}.{}", self.prefix) } else { format!("{}.{topic}", self.prefix) }
+    }
+
+    /// With the broker's own limits: not every topic is one that the capture has made.
+    fn create(&self, tables: &[&str], partitions: i32) {
+        let topics = self.topics(tables, partitions);
+        let admin: AdminClient<DefaultClientContext> = ClientConfig::new().set("bootstrap.servers", &self.address).create().expect("a client");
+        let topics: Vec<NewTopic<'_>> = topics.iter().map(|(topic, partitions)| NewTopic::new(topic, *partitions, TopicReplication::Fixed(1))).collect();
+        let created = lane::wait_for(async { admin.create_topics(&topics, &AdminOptions::new()).await }).expect("the broker answers");
+        assert!(created.iter().all(Result::is_ok), "{created:?}");
+    }
+
+    fn at(address: String, database: &Database, mock: Option<MockCluster<'static, DefaultProducerContext>>) -> Self {
+        Self { reader: Reader::start(&address), address, prefix: database.name.clone(), mock }
+    }
+
+    pub(super) fn address(&self) -> String {
+        self.address.clone()
+    }
+
+    /// As [`Reader::read_on`], by the topic's name behind the prefix.
+    pub(super) fn read_on(&mut self, topic: &str) -> Vec<Read> {
+        let topic = self.name(topic);
+        self.reader.read_on(&topic)
+    }
+
+    /// Everything a topic (its name behind the prefix) holds.
+    pub(super) fn read(&mut self, topic: &str) -> Vec<Read> {
+        let topic = self.name(topic);
+        self.reader.read(&topic)
+    }
+}
+
+impl Reader {
+    pub(super) fn start(bootstrap_servers: &str) -> Self {
         let consumer = ClientConfig::new()
-            .set("bootstrap.servers", mock.bootstrap_servers())
+            .set("bootstrap.servers", bootstrap_servers)
             .set("group.id", "tests")
             .set("enable.auto.commit", "false")
             .set("fetch.wait.max.ms", "10")
             .create()
             .expect("a consumer");
-        Self { mock, consumer, next: HashMap::new() }
-    }
-
-    pub(super) fn address(&self) -> String {
-        self.mock.bootstrap_servers()
+        Self { consumer, next: HashMap::new() }
     }
 
     /// What a topic holds behind the last read of it, by partition and offset. What was acknowledged before the call is in it.
@@ -178,6 +253,14 @@ impl Broker {
     pub(super) fn read(&mut self, topic: &str) -> Vec<Read> {
         self.next.retain(|(name, _), _| name != topic);
         self.read_on(topic)
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        if self.mock.is_none() {
+            lane::remove_topics(&self.address, &self.prefix);
+        }
     }
 }
 
@@ -259,10 +342,10 @@ impl Capture {
     }
 }
 
-/// A capture of `public.*`, under its own slot.
-pub(super) fn config(database: &Database, topic_prefix: &str) -> Config {
+/// A capture of `public.*`, under its own slot and topics.
+pub(super) fn config(database: &Database) -> Config {
     Config {
-        topic_prefix: topic_prefix.to_owned(),
+        topic_prefix: database.name.clone(),
         tables: vec!["public.*".to_owned()],
         slot: database.name.clone(),
         publication: database.name.clone(),

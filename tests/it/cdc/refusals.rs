@@ -22,8 +22,8 @@ pub(super) async fn refuses(database: &Database, broker: &Broker, config: Config
 async fn captured(test: &str) -> (Database, Broker, Config) {
     let database = Database::create(test).await;
     database.run(PAYMENTS).await;
-    let broker = Broker::start("bank", &["public.payments"], 1);
-    let config = config(&database, "bank");
+    let broker = Broker::start(&database, &["public.payments"], 1);
+    let config = config(&database);
     let capture = Capture::start(&database, broker.address(), config.clone());
     capture.until("streaming", |it| it.step == Step::Streaming).await;
     database.run("insert into payments values (1, 1.00, 'x');").await;
@@ -66,20 +66,20 @@ async fn a_publication_that_was_dropped_is_told_at_the_start_and_while_streaming
 async fn a_slot_nobody_told_us_of_and_a_foreign_one_are_told() {
     let database = Database::create("foreign").await;
     database.run(PAYMENTS).await;
-    let broker = Broker::start("bank", &["public.payments"], 1);
+    let broker = Broker::start(&database, &["public.payments"], 1);
     sql(&database, "select pg_create_logical_replication_slot($1, 'pgoutput')").await;
-    refuses(&database, &broker, config(&database, "bank"), "state database").await;
+    refuses(&database, &broker, config(&database), "state database").await;
     sql(&database, "select pg_drop_replication_slot($1)").await;
     sql(&database, "select pg_create_logical_replication_slot($1, 'test_decoding')").await;
-    refuses(&database, &broker, config(&database, "bank"), "test_decoding").await;
+    refuses(&database, &broker, config(&database), "test_decoding").await;
 }
 
 #[tokio::test]
 async fn a_missing_table_a_missing_right_and_a_wrong_address_are_told() {
     let database = Database::create("wrong").await;
     database.run(PAYMENTS).await;
-    let broker = Broker::start("bank", &["public.payments"], 1);
-    let missing = Config { tables: vec!["public.nothing".into()], ..config(&database, "bank") };
+    let broker = Broker::start(&database, &["public.payments"], 1);
+    let missing = Config { tables: vec!["public.nothing".into()], ..config(&database) };
     refuses(&database, &broker, missing, "public.nothing").await;
 
     let role = format!("{}_reader", database.name);
@@ -92,14 +92,14 @@ async fn a_missing_table_a_missing_right_and_a_wrong_address_are_told() {
     let mut url = url::Url::parse(database.url.reveal()).expect("an address");
     url.set_username(&role).expect("a name");
     url.set_password(Some("reader")).expect("a password");
-    let plain = Capture::start_as(&Secret::new(url.clone()), &database, broker.address(), config(&database, "bank"));
+    let plain = Capture::start_as(&Secret::new(url.clone()), &database, broker.address(), config(&database));
     let error = plain.ended().await.expect_err("no right to replicate");
     assert!(matches!(error.fault(), Fault::Operator(remedy) if remedy.contains("replication")), "{error}");
     database.run(&format!("reassign owned by {role} to current_user; drop owned by {role}; drop role {role};")).await;
 
     let mut url = url::Url::parse(database.url.reveal()).expect("an address");
     url.set_path("/no_such_database");
-    let nowhere = Capture::start_as(&Secret::new(url), &database, broker.address(), config(&database, "bank"));
+    let nowhere = Capture::start_as(&Secret::new(url), &database, broker.address(), config(&database));
     assert!(matches!(nowhere.ended().await.expect_err("no database").fault(), Fault::Operator(_)));
 }
 

@@ -12,22 +12,14 @@ use std::{
 
 use ledgerline::{
     change::Topics,
-    embedded::{
-        kafka::{self, Broker},
-        s3::{self, Server},
-    },
     lake::{self, Access, Config, Error, Options, Proof, Stats, Store},
-    secret::Secret,
     stage::{self, Handle, Phase},
     units::Span,
 };
 use rdkafka::{
     ClientConfig,
-    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
-    client::DefaultClientContext,
     producer::{FutureProducer, FutureRecord},
 };
-use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -37,42 +29,72 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-pub(crate) const CUSTOMERS: &str = "bank.public.customers";
+use crate::lane::{Lake, Stream};
+
 pub(crate) const WAIT: Duration = Duration::from_secs(60);
 
-/// A store and a broker of this test's own.
+/// A bucket and topics of this test's own.
 pub(crate) struct House {
-    pub(crate) broker: Broker,
-    pub(crate) server: Server,
-    pub(crate) dir: TempDir,
+    pub(crate) lake: Lake,
+    pub(crate) stream: Stream,
+    /// The topic of the bank's customers.
+    pub(crate) customers: String,
 }
 
 impl House {
+    /// On the servers of this run.
     pub(crate) async fn open() -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let server = Server::start(s3_config(&dir, 0)).await.expect("the store starts");
-        let broker = Broker::start(kafka_config(&dir, "kafka")).await.expect("the broker starts");
-        Self { broker, server, dir }
+        Self::of(Lake::open().await, Stream::open().await)
+    }
+
+    /// On servers of this test's own, which it may stop.
+    pub(crate) async fn own() -> Self {
+        Self::of(Lake::own().await, Stream::own().await)
+    }
+
+    fn of(lake: Lake, stream: Stream) -> Self {
+        Self { customers: format!("{}.public.customers", stream.prefix), lake, stream }
     }
 
     pub(crate) fn kafka(&self) -> String {
-        self.broker.address()
+        self.stream.address.clone()
+    }
+
+    pub(crate) fn topics(&self) -> Topics {
+        Topics::new(self.stream.prefix.clone())
+    }
+
+    /// A topic of this test's.
+    pub(crate) fn topic(&self, name: &str) -> String {
+        format!("{}.{name}", self.stream.prefix)
+    }
+
+    /// Nobody else is in this group.
+    pub(crate) fn group(&self, name: &str) -> String {
+        format!("{}-{name}", self.stream.prefix)
+    }
+
+    pub(crate) fn config(&self) -> Config {
+        Config { age_max: Span::from_millis(100), group: self.group("lake"), ..Config::default() }
+    }
+
+    pub(crate) fn cut(&self, rows_max: usize) -> Config {
+        Config { rows_max: NonZeroUsize::new(rows_max).expect("not zero"), ..self.config() }
     }
 
     /// The same store, another broker that knows nothing.
     pub(crate) async fn renew_broker(&mut self) {
-        self.broker = Broker::start(kafka_config(&self.dir, "another")).await.expect("the broker starts");
+        let mut other = Stream::own().await;
+        other.prefix.clone_from(&self.stream.prefix);
+        self.stream = other;
     }
 
     pub(crate) async fn create(&self, topic: &str, partitions: i32) {
-        let admin: AdminClient<DefaultClientContext> = ClientConfig::new().set("bootstrap.servers", self.kafka()).create().expect("a client");
-        let topic = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
-        let created = admin.create_topics([&topic], &AdminOptions::new()).await.expect("the broker answers");
-        assert!(created.iter().all(Result::is_ok), "{created:?}");
+        self.stream.create(topic, partitions, &[]).await;
     }
 
     pub(crate) fn access(&self) -> Access {
-        access(self.server.endpoint())
+        self.lake.access.clone()
     }
 
     pub(crate) async fn store(&self) -> Store {
@@ -80,11 +102,11 @@ impl House {
     }
 
     pub(crate) async fn sink(&self, config: Config) -> Sink {
-        Sink::start(self.store().await, self.kafka(), config)
+        Sink::start(self.store().await, self, config)
     }
 
     pub(crate) async fn proof(&self) -> Proof {
-        lake::verify(&self.store().await, &topics(), Options::default()).await.expect("the store answers")
+        lake::verify(&self.store().await, &self.topics(), Options::default()).await.expect("the store answers")
     }
 
     /// Every value in the lake by lane and offset; a value that lies there twice fails the test.
@@ -104,52 +126,15 @@ impl House {
     }
 }
 
-pub(crate) fn kafka_config(dir: &TempDir, name: &str) -> kafka::Config {
-    kafka::Config { dir: dir.path().join(name), ..kafka::Config::default() }
-}
-
-pub(crate) fn s3_config(dir: &TempDir, port: u16) -> s3::Config {
-    s3::Config {
-        dir: dir.path().join("s3"),
-        port,
-        access_key_id: "lake-test".into(),
-        secret_access_key: Secret::new("lake-test-secret"),
-        buckets: vec![],
-        ..s3::Config::default()
-    }
-}
-
-pub(crate) fn access(endpoint: Url) -> Access {
-    Access {
-        endpoint: Some(endpoint),
-        region: "us-east-1".into(),
-        bucket: "lake".into(),
-        access_key_id: "lake-test".into(),
-        secret_access_key: Secret::new("lake-test-secret"),
-    }
-}
-
-pub(crate) fn topics() -> Topics {
-    Topics::new("bank")
-}
-
-pub(crate) fn config() -> Config {
-    Config { age_max: Span::from_millis(100), ..Config::default() }
-}
-
-pub(crate) fn cut(rows_max: usize) -> Config {
-    Config { rows_max: NonZeroUsize::new(rows_max).expect("not zero"), ..config() }
-}
-
 pub(crate) struct Sink {
     pub(crate) handle: Handle<Stats>,
     pub(crate) task: JoinHandle<Result<(), Error>>,
 }
 
 impl Sink {
-    pub(crate) fn start(store: Store, kafka: String, config: Config) -> Self {
+    pub(crate) fn start(store: Store, house: &House, config: Config) -> Self {
         let (handle, control) = stage::control(Stats::default(), Phase::Running, &CancellationToken::new());
-        Self { handle, task: tokio::spawn(lake::run(store, kafka, topics(), config, control)) }
+        Self { handle, task: tokio::spawn(lake::run(store, house.kafka(), house.topics(), config, control)) }
     }
 
     pub(crate) async fn until(&mut self, what: &str, reached: impl FnMut(&Stats) -> bool) -> Stats {
@@ -254,7 +239,9 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    pub(crate) async fn open(store: Url) -> Self {
+    pub(crate) async fn open(house: &House) -> Self {
+        let store = house.access().endpoint.expect("an address");
+        let commit_records = format!("PUT /{}/_log/", house.access().bucket);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let endpoint = Url::parse(&format!("http://{}", listener.local_addr().expect("an address"))).expect("a URL");
         let (shut, knocked) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
@@ -262,19 +249,19 @@ impl Gate {
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let server = TcpStream::connect(("127.0.0.1", store.port().expect("a port"))).await.expect("the store listens");
-                tokio::spawn(pass(client, server, Arc::clone(&is_shut), Arc::clone(&knocks)));
+                tokio::spawn(pass(client, server, commit_records.clone(), Arc::clone(&is_shut), Arc::clone(&knocks)));
             }
         });
         Self { endpoint, shut, knocked }
     }
 }
 
-async fn pass(client: TcpStream, server: TcpStream, shut: Arc<AtomicBool>, knocks: Arc<Notify>) {
+async fn pass(client: TcpStream, server: TcpStream, held: String, shut: Arc<AtomicBool>, knocks: Arc<Notify>) {
     let ((mut from_client, mut to_client), (mut from_server, mut to_server)) = (client.into_split(), server.into_split());
     let answers = tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(n_bytes @ 1..) = from_client.read(&mut buffer).await {
-        if shut.load(Ordering::SeqCst) && buffer.starts_with(b"PUT /lake/_log/") {
+        if shut.load(Ordering::SeqCst) && buffer.starts_with(held.as_bytes()) {
             knocks.notify_one();
             std::future::pending::<()>().await;
         }

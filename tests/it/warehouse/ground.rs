@@ -6,9 +6,8 @@ use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use ledgerline::{
     change::Topics,
-    embedded::s3,
     lake::{
-        self, Access, Store,
+        self, Store,
         batch::Sealed,
         encode::encode,
         log::{Appended, CommitRecord, SCHEMA, append, sha256_hex},
@@ -16,12 +15,11 @@ use ledgerline::{
     },
     secret::Secret,
     stream::{Lane, records::Records},
-    units::Size,
     warehouse::{load, postgres::Postgres},
 };
 use sqlx::{AssertSqlSafe, PgPool};
 
-use crate::house;
+use crate::{house, lane::Lake};
 
 /// When everything landed: 2026-11-22.
 pub(super) const LANDED_MS: i64 = 1_795_386_400_000;
@@ -63,8 +61,7 @@ pub(super) struct Ground {
     pub(super) warehouse: Postgres,
     pub(super) store: Store,
     pub(super) topics: Topics,
-    server: s3::Server,
-    _dir: tempfile::TempDir,
+    _lake: Lake,
 }
 
 impl Ground {
@@ -72,29 +69,12 @@ impl Ground {
         let database = Database::create().await;
         let warehouse = Postgres::connect(&database.url).await.expect("connects");
         warehouse.prepare().await.expect("prepares");
-        let dir = tempfile::tempdir().expect("a directory");
-        let config = s3::Config {
-            dir: dir.path().to_owned(),
-            access_key_id: "someone".to_owned(),
-            secret_access_key: Secret::new("something"),
-            buckets: vec!["lake".to_owned()],
-            reserve: Size(1 << 20),
-            ..s3::Config::default()
-        };
-        let server = s3::Server::start(config).await.expect("an S3 server starts");
-        let access = Access {
-            endpoint: Some(server.endpoint()),
-            region: "us-east-1".to_owned(),
-            bucket: "lake".to_owned(),
-            access_key_id: "someone".to_owned(),
-            secret_access_key: Secret::new("something"),
-        };
-        let store = Store::connect(&access).await.expect("the lake answers");
-        Self { database, warehouse, store, topics: Topics::new("bank"), server, _dir: dir }
+        let lake = Lake::open().await;
+        let store = Store::connect(&lake.access).await.expect("the lake answers");
+        Self { database, warehouse, store, topics: Topics::new("bank"), _lake: lake }
     }
 
     pub(super) async fn end(self) {
-        self.server.stop().await;
         self.database.drop().await;
     }
 

@@ -1,0 +1,65 @@
+//! What an operator may ask of the connector without running the stage: how it stands, and to take it away.
+
+use std::time::Duration;
+
+use super::{
+    connector_of,
+    rest::Rest,
+    settings::{self, connector_name},
+};
+use crate::{
+    cdc::{Config, Connector, error::Error, source::Source},
+    fault::chain,
+};
+
+/// A task ends within a moment, or with its worker.
+const STOP_MAX: Duration = Duration::from_secs(60);
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+/// The connector, or why it is not known; neither where there is none.
+pub(in crate::cdc) async fn look(source: &Source, config: &Config) -> (Option<Connector>, Option<String>) {
+    let asked = async {
+        let rest = client(source, config)?;
+        let status = rest.status(connector_name(config)).await?;
+        Ok::<_, Error>(status.map(|it| connector_of(&rest, connector_name(config), &it)))
+    };
+    match asked.await {
+        Ok(connector) => (connector, None),
+        Err(error) => (None, Some(chain(&error))),
+    }
+}
+
+/// Stops the connector, deletes its offsets, then itself: deleted in any other order, it would leave offsets behind which the next
+/// connector of its name would go on from. Returns its name if there was one.
+pub(in crate::cdc) async fn remove(source: &Source, config: &Config, dry_run: bool) -> Result<Option<String>, Error> {
+    let rest = client(source, config)?;
+    let name = connector_name(config);
+    let Some(found) = rest.settings(name).await? else { return Ok(None) };
+    settings::require_ours(config, source, &found)?;
+    if !dry_run {
+        stand_still(&rest, name).await?;
+        rest.forget_offsets(name).await?;
+        rest.delete(name).await?;
+        tracing::info!(connector = name, "connector removed");
+    }
+    Ok(Some(name.to_owned()))
+}
+
+pub(super) fn client(source: &Source, config: &Config) -> Result<Rest, Error> {
+    Rest::new(&config.connect_url, config.connect_password.as_ref(), source.password().clone())
+}
+
+/// Stops the connector and waits until no task is left.
+pub(super) async fn stand_still(rest: &Rest, name: &str) -> Result<(), Error> {
+    rest.stop(name).await?;
+    let deadline = tokio::time::Instant::now() + STOP_MAX;
+    loop {
+        if rest.status(name).await?.is_some_and(|it| it.connector.state == "STOPPED" && it.tasks.is_empty()) {
+            return Ok(());
+        }
+        if tokio::time::Instant::now() >= deadline {
+            return Err(Error::NotStopped { connector: name.to_owned() });
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}

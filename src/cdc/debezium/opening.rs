@@ -1,0 +1,202 @@
+//! Up to the registered connector: everything that must be so is asked or made first, each step so that a crash behind it is seen.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use sqlx::PgConnection;
+use tokio::sync::watch;
+
+use super::{
+    Capture,
+    admin::stand_still,
+    reading::{self, Told},
+    rest::Settings,
+    settings,
+    watching::{self, Seen, Task},
+};
+use crate::{
+    cdc::{
+        catalog,
+        error::Error,
+        health::{self, Health},
+        prepare,
+        progress::{Progress, Store},
+        slot::{self, Slot},
+        stats::Stats,
+    },
+    change::{Lsn, TableId},
+    stage::{Control, Phase},
+    stream::{Lane, follow::Follower, topics},
+};
+
+/// Everything that is watched: ended by being dropped.
+pub(super) struct Open {
+    pub(super) follower: Follower<Told>,
+    pub(super) health: watch::Receiver<Option<Health>>,
+    pub(super) seen: watch::Receiver<Option<Seen>>,
+    pub(super) asking: topics::Topics,
+    pub(super) tables: BTreeSet<TableId>,
+    /// The snapshot while it is not finished.
+    pub(super) snapshot: Option<Reading>,
+    _tasks: [Task; 2],
+}
+
+/// A snapshot on its way.
+#[derive(Debug, Default)]
+pub(super) struct Reading {
+    /// Rows by where the snapshot that read them stood: more than one means that one was cut short.
+    pub(super) attempts: BTreeMap<Lsn, BTreeMap<Lane, u64>>,
+    /// How far each lane was read along.
+    pub(super) read: BTreeMap<Lane, i64>,
+    /// Where the lanes ended when Connect first had an offset behind the snapshot.
+    pub(super) ends: Option<Vec<(Lane, i64)>>,
+    /// Attempts up to here were given up, with their slot.
+    pub(super) given_up: Lsn,
+    /// Where the slot began, if it was seen before anything moved it.
+    pub(super) slot_began: Option<Lsn>,
+}
+
+/// How to begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// There is nothing yet: a new connector makes slot and snapshot.
+    Fresh,
+    /// The connector is there and its snapshot is not finished.
+    UnderWay,
+    /// The snapshot was taken.
+    Resume,
+}
+
+impl Capture {
+    pub(super) async fn open(&mut self, control: &Control<Stats>) -> Result<Open, Error> {
+        let version = settings::require_plugin(&self.rest).await?;
+        let mut connection = self.source.connect().await?;
+        catalog::check_server(&mut connection).await?;
+        let mut store = Store::open(&self.state, &self.config.topic_prefix).await?;
+        let wanted = catalog::wanted_tables(&mut connection, &self.config).await?;
+        let progress = store.read().await?;
+        let registered = self.rest.settings(self.name()).await?;
+        if let Some(registered) = &registered {
+            settings::require_ours(&self.config, &self.source, registered)?;
+        }
+        let slot = slot::find(&mut connection, &self.config.slot).await?;
+        let start = self.decide(registered.as_ref(), slot.as_ref(), progress.as_ref())?;
+        let published = prepare::publish(&mut connection, &self.config, &wanted, start != Start::Fresh, false).await?;
+        self.stats.uncaptured = published.uncaptured;
+        let tables = published.captured;
+        let asking = topics::Topics::connect(&self.bootstrap_servers)?;
+        prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
+        // Before the connector writes: what it does now is counted from its first record on.
+        let follower = self.follow(&asking, &tables, start != Start::Resume).await?;
+        self.register(&mut connection, &mut store, start, slot.as_ref(), registered.as_ref(), &tables).await?;
+        store.close().await;
+        // The offsets outlive a connector that somebody deleted; without them Debezium would read everything again.
+        if start == Start::Resume && self.rest.offset(self.name()).await?.is_none() {
+            return Err(Error::OffsetsMissing { connector: self.name().to_owned() });
+        }
+        if *control.wanted.borrow() == Phase::Running {
+            self.rest.resume(self.name()).await?;
+        }
+        tracing::info!(connector = self.name(), version, tables = tables.len(), ?start, "the connector is registered");
+        Ok(self.watch(follower, asking, tables, (start != Start::Resume).then(Reading::default)))
+    }
+
+    fn watch(&self, follower: Follower<Told>, asking: topics::Topics, tables: BTreeSet<TableId>, snapshot: Option<Reading>) -> Open {
+        let (health_in, health) = watch::channel(None);
+        let (seen_in, seen) = watch::channel(None);
+        let looking = Task::spawn(health::watch(self.source.clone(), self.config.slot.clone(), self.config.publication.clone(), health_in));
+        let asking_connect = Task::spawn(watching::watch(self.rest.clone(), self.name().to_owned(), seen_in));
+        Open { follower, health, seen, asking, tables, snapshot, _tasks: [looking, asking_connect] }
+    }
+
+    /// What connector, slot and progress say together. Anything that would be a silent gap is an error.
+    fn decide(&self, registered: Option<&Settings>, slot: Option<&Slot>, progress: Option<&Progress>) -> Result<Start, Error> {
+        let name = &self.config.slot;
+        if let Some(slot) = slot {
+            slot::require_ours(name, &self.source.database, slot)?;
+        }
+        let Some(progress) = progress else {
+            return match (registered, slot) {
+                (Some(_), _) => Err(Error::ConnectorUnknown { connector: self.name().to_owned() }),
+                (None, Some(_)) => Err(Error::SlotUnknown { slot: name.clone() }),
+                (None, None) => Ok(Start::Fresh),
+            };
+        };
+        let finished = progress.finished_at.is_some();
+        if finished && progress.slot != *name {
+            return Err(Error::SlotForeign { slot: name.clone(), reason: format!("this capture belongs to slot {}", progress.slot) });
+        }
+        match (finished, slot, registered) {
+            (true, None, _) => Err(Error::SlotMissing { slot: progress.slot.clone() }),
+            (true, Some(slot), _) => slot::require_alive(name, slot).map(|()| Start::Resume),
+            (false, _, Some(_)) => Ok(Start::UnderWay),
+            // It ended between the note that it begins and the registration, or somebody deleted the connector meanwhile.
+            (false, _, None) => Ok(Start::Fresh),
+        }
+    }
+
+    /// Reads along: the transaction topic and the heartbeats from now on, the tables from their beginning while the snapshot is read.
+    async fn follow(&self, asking: &topics::Topics, tables: &BTreeSet<TableId>, with_tables: bool) -> Result<Follower<Told>, Error> {
+        let signs = BTreeSet::from([self.topics.boundaries(), self.topics.heartbeat()]);
+        let mut lanes: Vec<(Lane, i64)> = asking.watermarks(signs).await?.into_iter().map(|(lane, marks)| (lane, marks.end)).collect();
+        if with_tables {
+            let topics = tables.iter().map(|it| self.topics.table(it)).collect();
+            lanes.extend(asking.watermarks(topics).await?.into_iter().map(|(lane, marks)| (lane, marks.first)));
+        }
+        let topics = self.topics.clone();
+        Ok(Follower::start(&self.bootstrap_servers, &lanes, move |message| reading::told(&topics, message))?)
+    }
+
+    /// Makes the connector, or brings it up to date where it differs.
+    async fn register(
+        &mut self,
+        connection: &mut PgConnection,
+        store: &mut Store,
+        start: Start,
+        slot: Option<&Slot>,
+        registered: Option<&Settings>,
+        tables: &BTreeSet<TableId>,
+    ) -> Result<(), Error> {
+        let wanted = settings::wanted(&self.config, &self.source, tables)?;
+        let name = self.name().to_owned();
+        let Some(registered) = registered else {
+            self.rest.validate(&name, &wanted).await?;
+            if start == Start::Fresh {
+                if slot.is_some() {
+                    tracing::warn!(slot = self.config.slot, "the snapshot was cut short, starting over");
+                    slot::drop_slot(connection, &self.config.slot).await?;
+                }
+                store.begin(&self.config.slot).await?;
+            }
+            self.rest.create_stopped(&name, &wanted).await?;
+            if start == Start::Fresh {
+                // A connector of this name may have lived before; its offsets speak of a slot that is gone.
+                stand_still(&self.rest, &name).await?;
+                self.rest.forget_offsets(&name).await?;
+            }
+            return Ok(());
+        };
+        let differing = settings::differences(registered, &wanted);
+        if !differing.is_empty() {
+            self.rest.validate(&name, &wanted).await?;
+            self.rest.update(&name, &wanted).await?;
+            tracing::info!(connector = name, settings = differing.join(", "), "the connector's settings were brought up to date");
+        }
+        Ok(())
+    }
+
+    /// Takes the snapshot anew, from a new slot on: what was read without the snapshot that the slot exported may miss changes.
+    pub(super) async fn begin_over(&mut self) -> Result<(), Error> {
+        tracing::warn!(connector = self.name(), "the snapshot was cut short and read again beside its slot; starting over");
+        let name = self.name().to_owned();
+        stand_still(&self.rest, &name).await?;
+        let mut connection = self.source.connect().await?;
+        if slot::wait_until_free(&mut connection, &self.config.slot, drop).await?.is_some() {
+            slot::drop_slot(&mut connection, &self.config.slot).await?;
+        }
+        let mut store = Store::open(&self.state, &self.config.topic_prefix).await?;
+        store.begin(&self.config.slot).await?;
+        store.close().await;
+        self.rest.forget_offsets(&name).await?;
+        self.rest.resume(&name).await
+    }
+}
