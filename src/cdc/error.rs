@@ -89,7 +89,7 @@ pub enum Error {
     OffsetsMissing { connector: String },
     #[error("connector {connector} is gone")]
     ConnectorGone { connector: String },
-    #[error("connector {connector} does not stand still")]
+    #[error("connector {connector} is not as Kafka Connect was asked to make it, a minute later")]
     NotStopped { connector: String },
     #[error("connector {connector} failed: {trace}")]
     TaskFailed { connector: String, trace: String, remedy: String },

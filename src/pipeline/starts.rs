@@ -92,8 +92,11 @@ pub(super) fn cdc(loaded: &Loaded, services: &Services, control: stage::Control<
         let (source, state, kafka) = (addresses.source.clone(), addresses.state.clone(), addresses.kafka.clone());
         let (stream, config, control) = (stream.clone(), config.clone(), control.clone());
         Box::pin(async move {
-            if let Some(ground) = ground {
-                bank::prepare(&source, ground).await?;
+            match ground {
+                Some(bank::Ground::Ours) => bank::prepare(&source, bank::Ground::Ours).await?,
+                // The user of the capture need not be one who may make tables; where they are missing, the capture says so.
+                Some(ground) => drop(bank::prepare(&source, ground).await),
+                None => {}
             }
             Ok(cdc::run(source, state, kafka, stream, config, control).await?)
         })

@@ -40,6 +40,7 @@ pub(in crate::cdc) async fn remove(source: &Source, config: &Config, dry_run: bo
         stand_still(&rest, name).await?;
         rest.forget_offsets(name).await?;
         rest.delete(name).await?;
+        until(name, async || Ok(rest.status(name).await?.is_none() && rest.settings(name).await?.is_none())).await?;
         tracing::info!(connector = name, "connector removed");
     }
     Ok(Some(name.to_owned()))
@@ -52,14 +53,17 @@ pub(super) fn client(source: &Source, config: &Config) -> Result<Rest, Error> {
 /// Stops the connector and waits until no task is left.
 pub(super) async fn stand_still(rest: &Rest, name: &str) -> Result<(), Error> {
     rest.stop(name).await?;
+    until(name, async || Ok(rest.status(name).await?.is_some_and(|it| it.connector.state == "STOPPED" && it.tasks.is_empty()))).await
+}
+
+/// Connect does everything a moment later than it says.
+async fn until(name: &str, reached: impl AsyncFn() -> Result<bool, Error>) -> Result<(), Error> {
     let deadline = tokio::time::Instant::now() + STOP_MAX;
-    loop {
-        if rest.status(name).await?.is_some_and(|it| it.connector.state == "STOPPED" && it.tasks.is_empty()) {
-            return Ok(());
-        }
+    while !reached().await? {
         if tokio::time::Instant::now() >= deadline {
             return Err(Error::NotStopped { connector: name.to_owned() });
         }
         tokio::time::sleep(LOOK_AGAIN).await;
     }
+    Ok(())
 }

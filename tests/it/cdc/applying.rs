@@ -43,6 +43,11 @@ impl House {
     }
 }
 
+/// Into the topics of this test's own broker.
+fn of_bank(database: &Database) -> Config {
+    Config { topic_prefix: "bank".to_owned(), ..config(database) }
+}
+
 fn what(applied: &Applied) -> (bool, &[String], &[String], bool) {
     (applied.publication_created, &applied.tables_added, &applied.topics_created, matches!(applied.slot_step, SlotStep::Made { .. }))
 }
@@ -51,7 +56,7 @@ fn what(applied: &Applied) -> (bool, &[String], &[String], bool) {
 async fn what_apply_makes_a_start_takes_over_and_a_second_apply_changes_nothing() {
     let house = House::new("apply").await;
     house.database.run("insert into payments values (1, 1.00, 'x');").await;
-    let config = config(&house.database, "bank");
+    let config = of_bank(&house.database);
 
     let would = house.apply(&config, true).await.expect("said");
     let standing = cdc::standing(&house.database.url, &house.database.url, &config).await.expect("the source answers");
@@ -85,7 +90,7 @@ async fn what_apply_makes_a_start_takes_over_and_a_second_apply_changes_nothing(
 async fn without_a_snapshot_the_changes_from_apply_on_are_kept() {
     let house = House::new("apply_never").await;
     house.database.run("insert into payments values (1, 1.00, 'x');").await;
-    let config = Config { snapshot: SnapshotMode::Never, ..config(&house.database, "bank") };
+    let config = Config { snapshot: SnapshotMode::Never, ..of_bank(&house.database) };
     let made = house.apply(&config, false).await.expect("made");
     assert!(matches!(made.slot_step, SlotStep::Made { lsn: Some(_) }) && !made.snapshot_comes, "{made:?}");
     house.database.run("insert into payments values (2, 1.00, 'x');").await;
@@ -100,7 +105,7 @@ async fn without_a_snapshot_the_changes_from_apply_on_are_kept() {
 #[tokio::test]
 async fn apply_refuses_what_a_start_refuses_with_the_same_remedy() {
     let house = House::new("apply_refused").await;
-    let config = config(&house.database, "bank");
+    let config = of_bank(&house.database);
     let refused = async |config: &Config, told: &str| {
         for dry_run in [true, false] {
             let error = house.apply(config, dry_run).await.expect_err("refused");

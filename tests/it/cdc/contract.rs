@@ -19,7 +19,7 @@ const TOPIC: &str = "public.payments";
 async fn the_native_engine_keeps_the_contract_of_a_capture() {
     let database = Database::create("contract").await;
     let broker = Broker::start(&database, &[TOPIC], 1);
-    let config = config(&database, &database.name);
+    let config = config(&database);
     keeps_the_contract(&database, broker.address(), config).await;
 }
 
@@ -29,7 +29,7 @@ async fn the_native_engine_keeps_the_contract_of_a_capture() {
 async fn debezium_on_kafka_connect_keeps_the_contract_of_a_capture() {
     let address = |key: &str| std::env::var(format!("LEDGERLINE__{key}")).unwrap_or_else(|_| panic!("LEDGERLINE__{key} names no service"));
     let database = Database::create_on(&address("SOURCE__URL"), "contract").await;
-    let config = Config { engine: cdc::Engine::Debezium, connect_url: address("CDC__CONNECT_URL"), ..config(&database, &database.name) };
+    let config = Config { engine: cdc::Engine::Debezium, connect_url: address("CDC__CONNECT_URL"), ..config(&database) };
     keeps_the_contract(&database, address("STREAM__BOOTSTRAP_SERVERS"), config).await;
 }
 
@@ -51,7 +51,7 @@ async fn keeps_the_contract(database: &Database, bootstrap_servers: String, conf
     database.run("begin; update payments set id = 9000 where id = 10; update payments set amount = 3.00 where id = 9000; commit;").await;
     let stats = capture.drain(database).await;
     holds_what_the_source_holds(&mut reader, database, &config).await;
-    assert!(stats.slot.is_some_and(|it| it.active) && stats.n_events() >= 527, "{:?}", stats.tables);
+    assert!(stats.slot.as_ref().is_some_and(|it| it.active) && stats.n_events() >= 527, "{:?}", stats.tables);
 
     capture.handle.wanted.send_replace(Phase::Paused);
     capture.until("paused", |it| it.phase == Phase::Paused).await;
@@ -93,10 +93,8 @@ async fn holds_what_the_source_holds(reader: &mut Reader, database: &Database, c
         let identity = (event["source"]["lsn"].as_u64().expect("an LSN"), record.key.clone().expect("a key"), event["op"].to_string());
         arrived.entry(event["source"]["txId"].as_u64().expect("an id")).or_default().insert(identity);
     }
-    let mut owed: BTreeMap<u64, usize> = BTreeMap::new();
-    for end in reader.read(&format!("{}.transaction", config.topic_prefix)).iter().filter_map(parsed_end) {
-        owed.extend(end);
-    }
+    let boundaries = reader.read(&format!("{}.transaction", config.topic_prefix));
+    let owed: BTreeMap<u64, usize> = boundaries.iter().filter_map(parsed_end).collect();
     let arrived: BTreeMap<u64, usize> = arrived.into_iter().map(|(id, events)| (id, events.len())).collect();
     assert_eq!(arrived, owed);
 }

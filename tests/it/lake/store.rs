@@ -53,6 +53,15 @@ async fn before(store: Url, word: impl Fn(&str) -> Answer + Send + Sync + 'stati
     endpoint
 }
 
+/// The house's own store, to stand before.
+fn store_of(house: &House) -> Url {
+    house.lake.access.endpoint.clone().expect("it has an address")
+}
+
+fn at(house: &House, endpoint: Url) -> Access {
+    Access { endpoint: Some(endpoint), ..house.access() }
+}
+
 fn answer(status: &str, header: &str, code: &str) -> Answer {
     let body = if code.is_empty() { String::new() } else { format!("<Error><Code>{code}</Code><Message>as a store says it</Message></Error>") };
     Answer::Say(format!("HTTP/1.1 {status}\r\n{header}content-type: application/xml\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len()))
@@ -68,23 +77,23 @@ async fn checks(store: &Store) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_honours_conditions_is_taken_and_nothing_of_the_check_stays() {
-    let house = House::open().await;
+    let house = House::own().await;
     let (one, other) = tokio::join!(house.store(), house.store());
     assert_eq!((checks(&one).await, checks(&other).await), (0, 0));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_ignores_conditions_is_refused_with_the_reason_and_the_check_cleans_up_behind_it() {
-    let house = House::open().await;
+    let house = House::own().await;
     house.store().await;
     let deletions = Arc::new(AtomicUsize::new(0));
     let deleted = Arc::clone(&deletions);
-    let deaf = before(house.server.endpoint(), move |request| {
+    let deaf = before(store_of(&house), move |request| {
         deleted.fetch_add(usize::from(request.starts_with("DELETE /lake/_check/")), Ordering::SeqCst);
         // It closes after each answer, so that it hears each request.
         answer("200 OK", "etag: \"0\"\r\n", "")
     });
-    let error = Store::connect(&access(deaf.await)).await.expect_err("refused");
+    let error = Store::connect(&at(&house, deaf.await)).await.expect_err("refused");
     let Fault::Operator(remedy) = error.fault() else { panic!("{error:?}") };
     assert!(matches!(error, Error::NotWriteOnce(_)) && error.to_string().contains("If-None-Match") && remedy.contains("conditional writes"), "{error:?}");
     assert_eq!(deletions.load(Ordering::SeqCst), 1);
@@ -92,13 +101,13 @@ async fn a_store_that_ignores_conditions_is_refused_with_the_reason_and_the_chec
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bucket_is_created_where_that_is_allowed_and_told_where_not() {
-    let house = House::open().await;
+    let house = House::own().await;
     let made = Access { bucket: "another-lake".to_owned(), ..house.access() };
     Store::connect(&made).await.expect("created");
     assert!(Store::open(&made).await.expect("a client").list("", None, 1).await.expect("it is there").objects.is_empty());
 
     let told = async |answer: fn(&str) -> Answer| {
-        let error = Store::connect(&access(before(house.server.endpoint(), answer).await)).await.expect_err("refused");
+        let error = Store::connect(&at(&house, before(store_of(&house), answer).await)).await.expect_err("refused");
         let Fault::Operator(remedy) = error.fault() else { panic!("{error:?}") };
         format!("{error} {remedy}")
     };
@@ -114,11 +123,11 @@ async fn a_bucket_is_created_where_that_is_allowed_and_told_where_not() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_asks_to_slow_down_is_asked_again_later() {
-    let house = House::open().await;
+    let house = House::own().await;
     house.store().await;
     let (refused, asked) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let (refusals, requests) = (Arc::clone(&refused), Arc::clone(&asked));
-    let busy = before(house.server.endpoint(), move |request| {
+    let busy = before(store_of(&house), move |request| {
         if !request.starts_with("PUT /lake/slow") {
             return Answer::Pass;
         }
@@ -128,27 +137,27 @@ async fn a_store_that_asks_to_slow_down_is_asked_again_later() {
             _ => Answer::Pass,
         }
     });
-    let store = Store::open(&access(busy.await)).await.expect("a client");
+    let store = Store::open(&at(&house, busy.await)).await.expect("a client");
     assert_eq!(store.put_if_absent("slow", Bytes::from_static(b"written")).await.expect("in the end"), Put::Written);
     assert_eq!(asked.load(Ordering::SeqCst), 3);
     // One that keeps saying so is away, which stages wait out.
-    let always = before(house.server.endpoint(), |_| slow_down()).await;
-    let error = Store::open(&access(always)).await.expect("a client").put("slow", Bytes::new()).await.expect_err("away");
+    let always = before(store_of(&house), |_| slow_down()).await;
+    let error = Store::open(&at(&house, always)).await.expect("a client").put("slow", Bytes::new()).await.expect_err("away");
     assert!(matches!(error.fault(), Fault::Transient) && format!("{error:?}").contains("SlowDown"), "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_large_object_goes_up_in_parts_and_is_the_same() {
     const BYTES: usize = 40 << 20;
-    let house = House::open().await;
+    let house = House::own().await;
     house.store().await;
     let parts = Arc::new(AtomicUsize::new(0));
     let seen = Arc::clone(&parts);
-    let watched = before(house.server.endpoint(), move |request| {
+    let watched = before(store_of(&house), move |request| {
         seen.fetch_add(usize::from(request.contains("partNumber=")), Ordering::SeqCst);
         Answer::Pass
     });
-    let store = Store::open(&access(watched.await)).await.expect("a client");
+    let store = Store::open(&at(&house, watched.await)).await.expect("a client");
     let body: Bytes = (0_u32..).map(|it| it.wrapping_mul(2_654_435_761).to_be_bytes()).flatten().take(BYTES).collect();
     store.put("large", body.clone()).await.expect("put");
     assert!(house.store().await.get("large").await.expect("answers").is_some_and(|it| it == body));
