@@ -51,6 +51,8 @@ pub enum Way {
     Resume { stages: Vec<StageName> },
     /// Start a run.
     Trigger { dag_id: String },
+    /// Read what keeps the mails.
+    Mails,
 }
 
 impl Verdict {
@@ -68,6 +70,7 @@ impl Verdict {
             Way::Retry { dag_id, run_id, task_id } => format!("`ledgerline dag retry {dag_id} {task_id} --run-id {run_id}`"),
             Way::Resume { .. } => "`ledgerline attach` resumes with p".to_owned(),
             Way::Trigger { dag_id } => format!("`ledgerline dag trigger {dag_id}`"),
+            Way::Mails => "`ledgerline attach` lists them with :mail".to_owned(),
         });
         command.map_or_else(|| self.text.clone(), |command| format!("{} · {command}", self.text))
     }
@@ -95,6 +98,9 @@ const RATE_WITHOUT_GAPS: u32 = 5;
 
 /// So many seconds; the lake asks for the ends of its lanes once a second, and may miss a beat.
 const STILL_SECONDS: usize = 3;
+
+/// What an earlier process left is read first; money that does not come within this time after the start is missing.
+const START_SECONDS: i64 = 15;
 
 /// WAL kept back for the slot beyond this is worth a word.
 const WAL_LATE_BYTES: u64 = 256 << 20;
@@ -306,7 +312,8 @@ fn still(now: &Snapshot) -> Option<Verdict> {
     let is_still = |flow: &super::snapshot::Flow| flow.history.len() >= STILL_SECONDS && flow.history.iter().rev().take(STILL_SECONDS).all(|it| *it == 0);
     let nothing_comes = !now.flow.is_empty() && now.flow.values().all(is_still);
     // Before anything has come at all, it is a start.
-    if held || !bank_moves(now) || !nothing_comes || now.bank.transactions == 0 {
+    let starts = now.bank.transactions == 0 || (now.at - now.started_at).num_seconds() < START_SECONDS;
+    if held || starts || !bank_moves(now) || !nothing_comes {
         return None;
     }
     late_because(format!("No money arrives: {wished}, 0 msg/s come"))
@@ -325,14 +332,6 @@ fn late(now: &Snapshot) -> Option<Verdict> {
     None
 }
 
-/// A server that is busy for a moment is nobody's business.
-fn waiting_mail(now: &Snapshot) -> Option<Verdict> {
-    let oldest = now.mail.newest.iter().filter(|it| it.state == MailState::Waiting).map(|it| it.recorded_at).min()?;
-    let why = now.mail.away.as_ref().filter(|_| (now.at - oldest).num_seconds() > MAIL_LATE_SECONDS)?;
-    let letters = if now.mail.waiting == 1 { "1 mail waits".to_owned() } else { format!("{} mails wait", grouped(now.mail.waiting)) };
-    late_because(format!("{letters} for {}: {why} · :mail", ago(now.at, oldest)))
-}
-
 fn money_moves(now: &Snapshot, cut: Cut) -> bool {
     now.bank.phase == Phase::Running && now.bank.clock.is_some_and(|clock| clock > cut.committed_at)
 }
@@ -346,6 +345,14 @@ fn patience(now: &Snapshot) -> Option<i64> {
         Ok(Schedule::Cron { .. }) => loading.next_start.filter(|at| (now.at - *at).num_seconds() > CUT_LATE_SECONDS).map(|_| CUT_LATE_SECONDS),
         Ok(Schedule::Never) | Err(_) => None,
     }
+}
+
+/// A server that is busy for a moment is nobody's business.
+fn waiting_mail(now: &Snapshot) -> Option<Verdict> {
+    let oldest = now.mail.newest.iter().filter(|it| it.state == MailState::Waiting).map(|it| it.recorded_at).min()?;
+    let why = now.mail.away.as_ref().filter(|_| (now.at - oldest).num_seconds() > MAIL_LATE_SECONDS)?;
+    let letters = if now.mail.waiting == 1 { "1 mail waits".to_owned() } else { format!("{} mails wait", grouped(now.mail.waiting)) };
+    late_because(format!("{letters} for {}: {why}", ago(now.at, oldest))).map(|it| it.with_way(Way::Mails))
 }
 
 /// Until the KPIs are of what flows now, nothing is well yet: neither right after the start nor after a pause.

@@ -50,7 +50,8 @@ pub async fn recall(warehouse: &Postgres, history: &History) -> Earlier {
         Vec::new()
     });
     let run_id = runs.iter().find(|run| run.tasks.iter().any(|it| it.task_id == "refresh_kpis" && it.state == TaskState::Success)).map(|it| it.run_id.clone());
-    let dbt = runs.iter().find_map(results);
+    // One that was cut short is run again at once; its part of the results says nothing.
+    let dbt = runs.iter().filter(|run| run.state.is_final()).find_map(results);
     let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(10));
     let mut tries = 0;
     loop {

@@ -17,7 +17,8 @@ fn taken_port() -> (TcpListener, u16) {
 
 /// How often a running pipeline has said that it flows, and nothing worse.
 fn times_flowing(pipeline: &Running) -> usize {
-    let flows = |line: &&str| (line.contains(": Starting · ") || line.contains(": All well · ")) && !line.contains(" · 0 msg/s");
+    let words = [": Starting · ", ": Catching up · ", ": All well · "];
+    let flows = |line: &&str| words.iter().any(|it| line.contains(it)) && !line.contains(" · 0 msg/s");
     pipeline.said().lines().filter(flows).count()
 }
 

@@ -88,6 +88,7 @@ fn hint(scene: Scene) -> Option<String> {
             if stages.contains(&here) { format!("p resumes {here}") } else { elsewhere()? }
         }
         Way::Trigger { .. } => "t starts a run".to_owned(),
+        Way::Mails => ":mail".to_owned(),
     })
 }
 

@@ -25,7 +25,7 @@ const VALUE: usize = 15;
 const CHANGE: usize = 13;
 
 pub(super) fn pane(frame: &mut Frame, area: Rect, scene: Scene) {
-    let inside = super::boxed(frame, area, scene, Pane::Kpis, note(scene));
+    let inside = super::boxed(frame, area, scene, Pane::Kpis, note(scene, area.width));
     // Without a cut there is nothing that the numbers are of: zeros would be a claim.
     let Some(kpis) = kpis(scene).filter(|_| cut(scene).is_some()) else {
         return super::teach(frame, inside, scene, &nothing_yet(scene));
@@ -81,14 +81,19 @@ fn nothing_yet(scene: Scene) -> String {
 }
 
 /// What moment the numbers are true for.
-fn note(scene: Scene) -> Line<'static> {
+fn note(scene: Scene, width: u16) -> Line<'static> {
     let Some(cut) = cut(scene) else { return Line::default() };
     // Another day's time of day would mislead.
     let same_day = cut.committed_at.date_naive() == scene.now.at.date_naive();
     let at = cut.committed_at.format(if same_day { "%H:%M:%S%.3f" } else { "%F %H:%M:%S" });
     match &scene.now.refresh.kpis {
         Some(_) => Line::from(scene.dim(format!(" as of {at} "))),
-        None => Line::from(vec![Span::raw(" "), scene.mark(State::Stale, &format!("before this start, as of {at}")), Span::raw(" ")]),
+        // The pane's name has the first claim on its line.
+        None => {
+            let short = cut.committed_at.format(if same_day { "%H:%M:%S" } else { "%F" });
+            let words = if width < 60 { format!("earlier, {short}") } else { format!("before this start, as of {at}") };
+            Line::from(vec![Span::raw(" "), scene.mark(State::Stale, &words), Span::raw(" ")])
+        }
     }
 }
 
@@ -193,7 +198,7 @@ fn table<'a>(scene: Scene<'a>, title: &'a str, pairs: impl Iterator<Item = (&'a 
 }
 
 pub(super) fn screen(frame: &mut Frame, area: Rect, scene: Scene) {
-    let inside = super::boxed(frame, area, scene, Pane::Kpis, note(scene));
+    let inside = super::boxed(frame, area, scene, Pane::Kpis, note(scene, area.width));
     // Without a cut there is nothing that the numbers are of: zeros would be a claim.
     let Some(kpis) = kpis(scene).filter(|_| cut(scene).is_some()) else {
         return super::teach(frame, inside, scene, &nothing_yet(scene));

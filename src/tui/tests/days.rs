@@ -178,7 +178,7 @@ fn what_was_there_before_the_start_is_neither_denied_nor_well() {
     );
     for size in [(80, 24), (120, 36)] {
         let text = picture(&judged(now.clone()), &mut App::new(true), size);
-        for part in ["640,930.12", "before this start", "46 pass", "9 models"] {
+        for part in ["5 KPIs", "640,930.12", if size.0 == 80 { "? earlier, 11:34:25" } else { "before this start" }, "46 pass", "9 models"] {
             assert!(text.contains(part), "{part} {size:?} in\n{text}");
         }
         for claim in ["No KPIs yet", "No dbt run yet", "no KPIs yet", "All well"] {
@@ -220,6 +220,8 @@ fn where_money_should_come_and_none_does_nothing_is_well() {
         (flow.per_second, flow.history) = (0, vec![9, 9, 0, 0, 0].into());
     }
     assert_eq!((verdict(&now).level, said(&now).as_str()), (Level::Late, "No money arrives: 72 tx/s are wished, 0 msg/s come"));
+    now.started_at = noon() - TimeDelta::seconds(5);
+    assert_ne!(verdict(&now).level, Level::Late, "it starts: {}", said(&now));
     stage(&mut now, StageName::Lake, |it| (it.wanted, it.phase) = (Phase::Paused, Phase::Paused));
     assert!(said(&now).starts_with("Lake paused by you"), "{}", said(&now));
 }
