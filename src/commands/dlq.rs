@@ -20,6 +20,11 @@ struct Document<'a, T> {
 }
 
 pub(super) async fn dlq(loaded: &Loaded, command: cli::Dlq) -> Result<Exit, Failure> {
+    if let cli::Dlq::Replay(cli::DlqReplay { all: false, which, .. }) = &command
+        && (which.table.is_some() || which.topic.is_some())
+    {
+        return Err(Failure::new(Exit::Usage, "a table or topic says which of all letters").with_remedy("add --all, or leave --table and --topic out"));
+    }
     let interrupted = super::interrupts();
     let needs = Needs { postgres: false, stream: true, lake: false, dbt: false };
     let reach = super::Reach::take(loaded, needs, &interrupted).await?;

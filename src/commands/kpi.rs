@@ -54,7 +54,7 @@ pub(super) async fn kpi(loaded: &Loaded, output: Output) -> Result<Exit, Failure
 pub(super) async fn reconcile(loaded: &Loaded, output: Output) -> Result<Exit, Failure> {
     let interrupted = super::interrupts();
     let reach = super::Reach::take(loaded, Needs::RECONCILE, &interrupted).await?;
-    let report = super::unless_interrupted(&interrupted, compare(loaded, &reach)).await;
+    let report = super::unless_interrupted(&interrupted, Box::pin(compare(loaded, &reach))).await;
     reach.release().await;
     let report = report?;
     if output.json {

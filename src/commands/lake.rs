@@ -21,7 +21,7 @@ pub(super) async fn lake(loaded: &Loaded, command: cli::Lake) -> Result<Exit, Fa
             cli::Lake::Verify { sweep, dry_run, output } => verify(&store, &topics, sweep && !dry_run, &output).await,
         }
     };
-    let outcome = super::unless_interrupted(&interrupted, outcome).await;
+    let outcome = super::unless_interrupted(&interrupted, Box::pin(outcome)).await;
     reach.release().await;
     outcome
 }

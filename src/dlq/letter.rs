@@ -284,7 +284,7 @@ mod tests {
             let digits: Vec<char> = ('A'..='Z').chain('a'..='z').chain('0'..='9').chain(['+', '/']).collect();
             let groups: Vec<String> = bits.as_bytes().chunks(6).map(|it| format!("{:0<6}", String::from_utf8_lossy(it))).collect();
             let mut text: String = groups.iter().map(|it| digits[usize::from_str_radix(it, 2).unwrap()]).collect();
-            while text.len() % 4 != 0 { text.push('='); }
+            while !text.len().is_multiple_of(4) { text.push('='); }
             proptest::prop_assert_eq!(from_base64(&text), Some(bytes));
         }
     }

@@ -56,7 +56,7 @@ enum Told {
 
 impl Range {
     /// Begins to read, and tells how far the partitions reach: none where there is no such topic.
-    pub async fn open(bootstrap_servers: &str, topic: &str, from: From) -> Result<(Self, Vec<(i32, Watermarks)>), Error> {
+    pub async fn open(bootstrap_servers: &str, topic: &str, from: From) -> Result<(Self, Reach), Error> {
         let failed = |source| Error::Ask { bootstrap_servers: bootstrap_servers.to_owned(), source };
         let (servers, name) = (bootstrap_servers.to_owned(), topic.to_owned());
         let opened = tokio::task::spawn_blocking(move || assign(&servers, &name, from)).await.map_err(Error::Task)?;
@@ -85,8 +85,10 @@ impl Range {
 
 /// Partitions with the offset behind their last record.
 type Ends = Vec<(i32, i64)>;
+/// Partitions with how far they reach.
+pub type Reach = Vec<(i32, Watermarks)>;
 
-fn assign(bootstrap_servers: &str, topic: &str, from: From) -> Result<(BaseConsumer, Ends, Vec<(i32, Watermarks)>), KafkaError> {
+fn assign(bootstrap_servers: &str, topic: &str, from: From) -> Result<(BaseConsumer, Ends, Reach), KafkaError> {
     let reader: BaseConsumer = settings(bootstrap_servers).create()?;
     let metadata = reader.fetch_metadata(Some(topic), ANSWER_MAX)?;
     let (mut assignment, mut ends, mut marks) = (TopicPartitionList::new(), Vec::new(), Vec::new());

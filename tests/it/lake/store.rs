@@ -158,7 +158,7 @@ async fn a_large_object_goes_up_in_parts_and_is_the_same() {
         Answer::Pass
     });
     let store = Store::open(&at(&house, watched.await)).await.expect("a client");
-    let body: Bytes = (0_u32..).map(|it| it.wrapping_mul(2_654_435_761).to_be_bytes()).flatten().take(BYTES).collect();
+    let body: Bytes = (0_u32..).flat_map(|it| it.wrapping_mul(2_654_435_761).to_be_bytes()).take(BYTES).collect();
     store.put("large", body.clone()).await.expect("put");
     assert!(house.store().await.get("large").await.expect("answers").is_some_and(|it| it == body));
     // Connections are kept, so of the three parts some are seen as the first request of theirs.
