@@ -12,8 +12,7 @@ use crate::{
     headless, kpi, lake,
     pipeline::services::Needs,
     warehouse::{
-        Cut,
-        postgres::Postgres,
+        Cut, Warehouse,
         reconcile::{self, Report},
     },
 };
@@ -32,7 +31,7 @@ pub(super) async fn kpi(loaded: &Loaded, output: Output) -> Result<Exit, Failure
     let interrupted = super::interrupts();
     let reach = super::Reach::take(loaded, Needs::POSTGRES, &interrupted).await?;
     let reading = async {
-        let warehouse = Postgres::connect(&reach.addresses.warehouse).await.map_err(|error| Failure::from_error(&error))?;
+        let warehouse = Warehouse::connect(&reach.addresses.warehouse).await.map_err(|error| Failure::from_error(&error))?;
         kpi::read_as_of(&warehouse).await.map_err(|error| Failure::from_error(&error))
     };
     let reading = reading.await;
@@ -78,7 +77,7 @@ async fn compare(loaded: &Loaded, reach: &super::Reach) -> Result<Report, Failur
     let failure = |error: crate::warehouse::Error| Failure::from_error(&error);
     let addresses = &reach.addresses;
     let topics = Topics::new(loaded.config.cdc.topic_prefix.clone());
-    let warehouse = Postgres::connect(&addresses.warehouse).await.map_err(failure)?;
+    let warehouse = Warehouse::connect(&addresses.warehouse).await.map_err(failure)?;
     let store = lake::Store::connect(&addresses.lake).await.map_err(|error| Failure::from_error(&error))?;
     let mark = reconcile::mark(&addresses.source).await.map_err(failure)?;
     let runs = reach.owner.is_some();

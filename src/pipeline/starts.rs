@@ -12,7 +12,7 @@ use crate::{
     dag, dbt, lake, notify, refresh,
     secret::Secret,
     stage,
-    warehouse::postgres::{Postgres, SnapshotEnds},
+    warehouse::{SnapshotEnds, Warehouse},
 };
 
 use super::{
@@ -131,11 +131,11 @@ struct Hands {
 async fn schedule_runs(hands: Arc<Hands>, requests: mpsc::Receiver<dag::Request>, control: stage::Control<dag::Stats>) -> Result<(), supervise::Failed> {
     let addresses = &hands.addresses;
     let python = addresses.python.as_deref().expect("whoever hosts the scheduler needs dbt, so its environment is there");
-    let worker = dbt::Worker::start(python, &hands.dbt, dbt::Target::from_url(&addresses.warehouse)?, &hands.dbt_work).await?;
+    let worker = dbt::Worker::start(python, &hands.dbt, dbt::Target::from_url(&addresses.warehouse.url)?, &hands.dbt_work).await?;
     let (state, prefix) = (addresses.state.clone(), hands.topics.prefix().to_owned());
     let rooms = refresh::Rooms {
         store: lake::Store::connect(&addresses.lake).await?,
-        warehouse: Postgres::connect(&addresses.warehouse).await?,
+        warehouse: Warehouse::connect(&addresses.warehouse).await?,
         topics: hands.topics.clone(),
         dbt: worker.clone(),
         outbox: notify::Outbox::new(&addresses.state, &hands.mail),
