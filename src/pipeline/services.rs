@@ -247,7 +247,8 @@ impl Services {
         let config = &loaded.config;
         let postgres_embedded = needs.postgres && [&config.source.url, &config.warehouse.url, &config.state.url].into_iter().any(|it| it == EMBEDDED);
         if postgres_embedded || needs.dbt {
-            let venv = python::Venv::ensure(progress).await?;
+            let on_snowflake = needs.dbt && warehouse::is_snowflake(&config.warehouse.url);
+            let venv = if on_snowflake { python::Venv::ensure_for_snowflake(progress).await? } else { python::Venv::ensure(progress).await? };
             self.addresses.python = Some(venv.python().to_owned());
             if postgres_embedded {
                 let config = postgres::Config {
@@ -385,7 +386,10 @@ fn external_snowflake(loaded: &Loaded) -> Result<warehouse::Access, Error> {
 
 #[cfg(not(feature = "snowflake"))]
 fn external_snowflake(_: &Loaded) -> Result<warehouse::Access, Error> {
-    Err(Error::Address { key: "warehouse.url", why: "this ledgerline was built without Snowflake (`cargo build --release --features snowflake` has it)".to_owned() })
+    Err(Error::Address {
+        key: "warehouse.url",
+        why: "this ledgerline was built without Snowflake (`cargo build --release --features snowflake` has it)".to_owned(),
+    })
 }
 
 fn external_lake(loaded: &Loaded) -> Result<lake::Access, Error> {

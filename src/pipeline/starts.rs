@@ -12,7 +12,7 @@ use crate::{
     dag, dbt, lake, notify, refresh,
     secret::Secret,
     stage,
-    warehouse::{SnapshotEnds, Warehouse},
+    warehouse::{self, SnapshotEnds, Warehouse},
 };
 
 use super::{
@@ -131,7 +131,7 @@ struct Hands {
 async fn schedule_runs(hands: Arc<Hands>, requests: mpsc::Receiver<dag::Request>, control: stage::Control<dag::Stats>) -> Result<(), supervise::Failed> {
     let addresses = &hands.addresses;
     let python = addresses.python.as_deref().expect("whoever hosts the scheduler needs dbt, so its environment is there");
-    let worker = dbt::Worker::start(python, &hands.dbt, dbt::Target::from_url(&addresses.warehouse.url)?, &hands.dbt_work).await?;
+    let worker = dbt::Worker::start(python, &hands.dbt, dbt_target(&addresses.warehouse)?, &hands.dbt_work).await?;
     let (state, prefix) = (addresses.state.clone(), hands.topics.prefix().to_owned());
     let rooms = refresh::Rooms {
         store: lake::Store::connect(&addresses.lake).await?,
@@ -155,6 +155,27 @@ async fn schedule_runs(hands: Arc<Hands>, requests: mpsc::Receiver<dag::Request>
     worker.stop().await;
     copying.abort();
     Ok(outcome?)
+}
+
+/// Where dbt finds the warehouse that we load.
+fn dbt_target(warehouse: &warehouse::Access) -> Result<dbt::Target, supervise::Failed> {
+    #[cfg(feature = "snowflake")]
+    if warehouse::is_snowflake(warehouse.url.reveal()) {
+        let settings = warehouse::snowflake::Settings::new(warehouse).map_err(warehouse::Error::from)?;
+        let host = settings.endpoint().clone();
+        return Ok(dbt::Target::Snowflake(dbt::Account {
+            host: host.host_str().unwrap_or_default().to_owned(),
+            port: host.port_or_known_default().unwrap_or(443),
+            protocol: host.scheme().to_owned(),
+            account: settings.account,
+            user: settings.user,
+            private_key: settings.private_key,
+            database: settings.database,
+            role: settings.role,
+            warehouse: settings.warehouse,
+        }));
+    }
+    Ok(dbt::Target::from_url(&warehouse.url)?)
 }
 
 async fn snapshot_ends(state: Secret, topic_prefix: String) -> Result<Option<SnapshotEnds>, dag::TaskError> {

@@ -27,11 +27,7 @@ use crate::{
     lake::Store,
     notify::Outbox,
     secret::Secret,
-    warehouse::{
-        self, Position, SnapshotEnds, Warehouse,
-        load::Pending,
-        reconcile::Mark,
-    },
+    warehouse::{self, Position, SnapshotEnds, Warehouse, load::Pending, reconcile::Mark},
 };
 use stats::Board;
 

@@ -79,6 +79,13 @@ pub fn is_snowflake(url: &str) -> bool {
     url.starts_with("snowflake:")
 }
 
+/// The host of an account's address: `snowflake://ACCOUNT/…` lives at `ACCOUNT.snowflakecomputing.com`.
+pub fn snowflake_host(url: &str) -> String {
+    let account = Url::parse(url).ok().and_then(|it| it.host_str().map(str::to_lowercase)).unwrap_or_default();
+    // Certificates do not cover names with an underscore.
+    format!("{}.snowflakecomputing.com", account.replace('_', "-"))
+}
+
 /// A warehouse of either kind. Clones share their connections.
 #[derive(Debug, Clone)]
 pub enum Warehouse {

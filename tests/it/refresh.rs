@@ -27,7 +27,7 @@ use ledgerline::{
     stage::{self, Phase},
     stream::{Lane, records::Records},
     units::Size,
-    warehouse::postgres::Postgres,
+    warehouse::Warehouse,
 };
 use sqlx::{AssertSqlSafe, Executor as _, PgConnection, Row};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
@@ -89,7 +89,7 @@ struct House {
     warehoused: Database,
     state: Database,
     store: Store,
-    warehouse: Postgres,
+    warehouse: Warehouse,
     s3: s3::Server,
     dir: tempfile::TempDir,
 }
@@ -116,7 +116,7 @@ impl House {
             secret_access_key: Secret::new("something"),
         };
         let store = Store::connect(&access).await.unwrap();
-        let warehouse = Postgres::connect(&warehoused.url).await.unwrap();
+        let warehouse = Warehouse::connect(&warehoused.url.clone().into()).await.unwrap();
         let house = Self { source, warehoused, state, store, warehouse, s3, dir };
         sqlx::raw_sql(SCHEMA_OF_THE_BANK).execute(&mut house.bank().await).await.unwrap();
         house

@@ -117,17 +117,21 @@ impl<'a> Folded<'a> {
         let number = |of: fn(&Told) -> Option<i64>| -> ArrayRef { Arc::new(told.iter().map(of).collect::<Int64Array>()) };
         let mut file = File::EMPTY;
         let ops: ArrayRef = Arc::new(told.iter().map(|it| Some(it.op.as_str())).collect::<StringArray>());
-        let columns =
-            [("key", number(|it| Some(it.key))), ("op", ops), ("xid", number(|it| it.xid)), ("lsn", number(|it| Some(it.lsn))), ("cents", number(|it| Some(it.cents)))];
+        let columns = [
+            ("key", number(|it| Some(it.key))),
+            ("op", ops),
+            ("xid", number(|it| it.xid)),
+            ("lsn", number(|it| Some(it.lsn))),
+            ("cents", number(|it| Some(it.cents))),
+        ];
         file.add(columns)?;
         let Some(staged) = file.upload(&self.session).await? else { return Ok(()) };
         let wide = "number(38, 0)";
         let (into, select) = match table {
             BOUNDARIES => ("lake_ends(xid, lsn)".to_owned(), format!("$1:xid::{wide}, $1:lsn::{wide}")),
-            table => (
-                format!("lake_{table}(key, op, xid, lsn, cents)"),
-                format!("$1:key::{wide}, $1:op::varchar, $1:xid::{wide}, $1:lsn::{wide}, $1:cents::{wide}"),
-            ),
+            table => {
+                (format!("lake_{table}(key, op, xid, lsn, cents)"), format!("$1:key::{wide}, $1:op::varchar, $1:xid::{wide}, $1:lsn::{wide}, $1:cents::{wide}"))
+            }
         };
         let copied = staged.copy(&self.session, &into, &select).await;
         staged.remove(&self.session).await;
@@ -167,7 +171,9 @@ impl<'a> Folded<'a> {
     pub(super) async fn ranges(&mut self, table: &BankTable, place: Place, width: i64) -> Result<Ranges, Error> {
         let Some(state) = self.state(table, place).await? else { return Ok(Ranges::new()) };
         let range = format!("((key - mod(key, {width})) / {width})::number(38, 0)");
-        let sql = format!("select {range}::varchar, sum(n)::number(38, 0)::varchar, coalesce(sum(cents), 0)::number(38, 0)::varchar from ({state}) state group by {range}");
+        let sql = format!(
+            "select {range}::varchar, sum(n)::number(38, 0)::varchar, coalesce(sum(cents), 0)::number(38, 0)::varchar from ({state}) state group by {range}"
+        );
         held(&self.session.rows(&sql).await?)
     }
 

@@ -5,7 +5,10 @@ use std::{fmt, path::Path};
 use url::Url;
 
 use super::Error;
-use crate::{secret::Secret, warehouse::Access};
+use crate::{
+    secret::Secret,
+    warehouse::{Access, snowflake_host},
+};
 
 /// An account, taken apart and checked; nothing has been asked yet.
 #[derive(Clone)]
@@ -35,7 +38,8 @@ impl Settings {
         if url.scheme() != "snowflake" {
             return Err(refuse("its scheme is not snowflake"));
         }
-        let account = url.host_str().filter(|it| it.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))).ok_or_else(|| refuse("it names no account"))?;
+        let account =
+            url.host_str().filter(|it| it.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))).ok_or_else(|| refuse("it names no account"))?;
         let (mut warehouse, mut role, mut user) = (None, None, None);
         for (key, value) in url.query_pairs() {
             let place = match key.as_ref() {
@@ -94,9 +98,7 @@ fn base(account: &str, endpoint: Option<&Url>) -> Result<Url, Error> {
             _ => Err(Error::Address("warehouse.endpoint must be https://… (http:// only on this machine)".to_owned())),
         };
     }
-    // Certificates do not cover names with an underscore.
-    let host = account.to_lowercase().replace('_', "-");
-    Url::parse(&format!("https://{host}.snowflakecomputing.com")).map_err(|error| Error::Address(error.to_string()))
+    Url::parse(&format!("https://{}", snowflake_host(&format!("snowflake://{account}")))).map_err(|error| Error::Address(error.to_string()))
 }
 
 /// The text of the key, or of the file it names.

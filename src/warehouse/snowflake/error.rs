@@ -85,7 +85,9 @@ impl Refused {
                 format!("let an administrator run `grant usage on warehouse {warehouse} to role {role}`, or name another warehouse")
             }
             _ if said.contains("suspend") || said.contains("resource monitor") || said.contains("cannot be resumed") => {
-                format!("let an administrator run `grant operate on warehouse {warehouse} to role {role}` and turn AUTO_RESUME on, or raise its resource monitor")
+                format!(
+                    "let an administrator run `grant operate on warehouse {warehouse} to role {role}` and turn AUTO_RESUME on, or raise its resource monitor"
+                )
             }
             "390201" | "2003" | "2043" | "90105" | "90106" => format!(
                 "create what is missing, or let an administrator run `grant usage on database {database} to role {role}`; assets/snowflake-setup.sql does all of it"
@@ -152,9 +154,16 @@ mod tests {
     #[test]
     fn a_refusal_names_what_to_grant() {
         assert!(remedy(&refused("394304", "JWT token is invalid. [0ce9eb56]")).contains("alter user SVC set rsa_public_key"));
-        assert!(remedy(&refused("390189", "Role 'LEDGERLINE' specified in the connect string does not exist or not authorized.")).contains("grant role LEDGERLINE to user SVC"));
-        assert!(remedy(&refused("000606", "No active warehouse selected in the current session.")).contains("grant usage on warehouse LOAD_WH to role LEDGERLINE"));
-        assert!(remedy(&refused("002003", "SQL compilation error:\nDatabase 'BANK' does not exist or not authorized.")).contains("grant usage on database BANK"));
+        assert!(
+            remedy(&refused("390189", "Role 'LEDGERLINE' specified in the connect string does not exist or not authorized."))
+                .contains("grant role LEDGERLINE to user SVC")
+        );
+        assert!(
+            remedy(&refused("000606", "No active warehouse selected in the current session.")).contains("grant usage on warehouse LOAD_WH to role LEDGERLINE")
+        );
+        assert!(
+            remedy(&refused("002003", "SQL compilation error:\nDatabase 'BANK' does not exist or not authorized.")).contains("grant usage on database BANK")
+        );
         assert!(remedy(&refused("000606", "Warehouse 'LOAD_WH' is suspended")).contains("AUTO_RESUME"));
         assert_eq!(refused("390112", "Your session has expired.").fault(), Fault::Transient);
     }

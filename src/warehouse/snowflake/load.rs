@@ -18,7 +18,10 @@ use super::{
 use crate::{
     lake::{self, Dead, Identity, Store, log::CommitRecord},
     stream::Lane,
-    warehouse::{Error, load::{LaneLoader, Loaded}},
+    warehouse::{
+        Error,
+        load::{LaneLoader, Loaded},
+    },
 };
 
 /// Rows of `_rejected` and `_loads` written by one statement.
@@ -63,7 +66,14 @@ impl<'a> Loader<'a> {
     }
 
     /// Within the transaction: None where the lane is no longer where it was seen.
-    async fn write(&self, lane: &Lane, seen: Option<i64>, group: &[CommitRecord], staged: Option<&Staged>, rejected: &[Rejected<'_>]) -> Result<Option<()>, Refusal> {
+    async fn write(
+        &self,
+        lane: &Lane,
+        seen: Option<i64>,
+        group: &[CommitRecord],
+        staged: Option<&Staged>,
+        rejected: &[Rejected<'_>],
+    ) -> Result<Option<()>, Refusal> {
         let last_offset = group.last().map_or(-1, |it| it.last_offset);
         let moved = format!("update raw._positions set last_offset = {last_offset} where {} and last_offset = {}", is_lane(lane), seen.unwrap_or(-1));
         // Two rows of one lane, should two first loads have met, move as one.

@@ -27,9 +27,10 @@ mod wire;
 
 pub use address::Settings;
 pub use error::{Asker, Error, Refused};
-pub(crate) use session::{Row, Session};
-pub(crate) use stage::File;
 pub(super) use load::Loader;
+pub use session::Row;
+pub(crate) use session::Session;
+pub(crate) use stage::File;
 
 /// A warehouse on Snowflake. Clones share their session for short questions.
 #[derive(Clone)]
@@ -72,7 +73,7 @@ impl Snowflake {
     }
 
     /// A question outside any transaction. Where the session is gone (it was idle for hours), it is asked once more in a new one.
-    pub(crate) async fn rows(&self, sql: &str) -> Result<Vec<Row>, Error> {
+    pub async fn rows(&self, sql: &str) -> Result<Vec<Row>, Error> {
         let asked = self.questioner().await?;
         match asked.rows(sql).await {
             Err(Error::Refused(refused)) if refused.is_session_gone() => {
@@ -189,9 +190,7 @@ impl Snowflake {
 
     /// The newest cut that fulfils a condition.
     pub(crate) async fn cut_where(&self, which: &str) -> Result<Option<Cut>, Error> {
-        let sql = format!(
-            "select lsn::varchar, to_char(committed_at, 'YYYY-MM-DD HH24:MI:SS.FF6') from staging.cut where {which} order by lsn desc limit 1"
-        );
+        let sql = format!("select lsn::varchar, to_char(committed_at, 'YYYY-MM-DD HH24:MI:SS.FF6') from staging.cut where {which} order by lsn desc limit 1");
         let rows = self.rows(&sql).await?;
         let Some(row) = rows.first() else { return Ok(None) };
         let at = row.get(1).and_then(|it| chrono::NaiveDateTime::parse_from_str(it.as_deref()?, "%Y-%m-%d %H:%M:%S%.f").ok());
@@ -248,7 +247,10 @@ const OURS: [&str; 6] = [
 ];
 
 #[cfg(test)]
-mod tests {
+mod tests;
+
+#[cfg(test)]
+mod name_tests {
     use super::*;
 
     #[test]

@@ -21,7 +21,7 @@ const STATEMENT_MAX: Duration = Duration::from_secs(3600);
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 
 /// A row as text; None is NULL.
-pub(crate) type Row = Vec<Option<String>>;
+pub type Row = Vec<Option<String>>;
 
 /// The HTTP client that all sessions of an account share.
 pub(super) fn http() -> Result<Client, Error> {
@@ -84,7 +84,9 @@ impl Session {
         let result = tokio::time::timeout(STATEMENT_MAX, self.api.exec(sql)).await;
         match result.map_err(|_| Error::TimedOut { seconds: STATEMENT_MAX.as_secs() })?.map_err(told)? {
             QueryResult::Empty => Ok(Vec::new()),
-            QueryResult::Json(json) => Ok(json.value.as_array().into_iter().flatten().map(|row| row.as_array().into_iter().flatten().map(cell).collect()).collect()),
+            QueryResult::Json(json) => {
+                Ok(json.value.as_array().into_iter().flatten().map(|row| row.as_array().into_iter().flatten().map(cell).collect()).collect())
+            }
             QueryResult::Arrow(batches) => {
                 let mut rows = Vec::new();
                 for batch in batches {
@@ -111,7 +113,7 @@ impl Session {
             *outgoing = Some((name.to_owned(), body));
         }
         // The line break keeps the crate from uploading by itself: it reads files, and knows one cloud.
-        self.run(&format!("\nput 'file:///{name}' '@{to}' auto_compress = false source_compression = none overwrite = true")).await
+        self.run(&format!("\nput file:///{name} @{to} auto_compress = false source_compression = none overwrite = true")).await
     }
 }
 
