@@ -45,7 +45,10 @@ struct Rejected<'a> {
 impl<'a> Loader<'a> {
     pub(in crate::warehouse) async fn new(warehouse: &'a Snowflake, store: &'a Store, table: &str) -> Result<Self, Refusal> {
         warehouse.prepare_table(table).await?;
-        Ok(Self { warehouse, session: warehouse.session()?, store, into: raw_table(table) })
+        let session = warehouse.session()?;
+        // COPY looks for its stage in a current schema even where both have their full names.
+        session.run("use schema raw").await?;
+        Ok(Self { warehouse, session, store, into: raw_table(table) })
     }
 
     /// Reads the objects and checks them against their hashes; what is no JSON is told apart.

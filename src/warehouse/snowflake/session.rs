@@ -2,7 +2,7 @@
 //!
 //! Every column is asked for as text (`::varchar`): what a number looks like in Arrow depends on its size, and a text does not.
 
-use std::{error::Error as _, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use arrow_array::{Array, cast::AsArray};
 use bytes::Bytes;
@@ -13,7 +13,7 @@ use snowflake_api::{AuthArgs, AuthType, CertificateArgs, QueryResult, SnowflakeA
 use super::{
     address::Settings,
     error::{Asker, Error},
-    wire::{Outgoing, REQUEST_MAX, Wire},
+    wire::{Failed, Outgoing, REQUEST_MAX, Wire},
 };
 
 /// No statement of ours is worth more; whoever waits for a task has limits of their own.
@@ -34,13 +34,14 @@ pub(super) fn http() -> Result<Client, Error> {
 pub(crate) struct Session {
     api: SnowflakeApi,
     outgoing: Outgoing,
+    failed_sign_in: Failed,
     /// A PUT is a statement and what it sends; one at a time.
     putting: tokio::sync::Mutex<()>,
 }
 
 impl Session {
     pub(super) fn new(settings: &Settings, http: &Client, tag: &str) -> Result<Self, Error> {
-        let outgoing = Outgoing::default();
+        let (outgoing, failed_sign_in) = (Outgoing::default(), Failed::default());
         let parameters = Map::from_iter([
             ("TIMEZONE".to_owned(), json!("UTC")),
             ("QUERY_TAG".to_owned(), json!(tag)),
@@ -58,6 +59,7 @@ impl Session {
             },
             parameters,
             outgoing: Arc::clone(&outgoing),
+            failed_sign_in: Arc::clone(&failed_sign_in),
             http: http.clone(),
         };
         let auth = AuthArgs {
@@ -70,8 +72,8 @@ impl Session {
             auth_type: AuthType::Certificate(CertificateArgs { private_key_pem: settings.private_key.reveal().to_owned() }),
         };
         let client = reqwest_middleware::ClientBuilder::new(http.clone()).with(wire).build();
-        let api = SnowflakeApiBuilder::new(auth).with_client(client).build().map_err(told)?;
-        Ok(Self { api, outgoing, putting: tokio::sync::Mutex::new(()) })
+        let api = SnowflakeApiBuilder::new(auth).with_client(client).build().map_err(|error| told(error, &failed_sign_in))?;
+        Ok(Self { api, outgoing, failed_sign_in, putting: tokio::sync::Mutex::new(()) })
     }
 
     /// Runs one statement. Dropped in the middle, it cancels it.
@@ -82,7 +84,7 @@ impl Session {
     /// Runs one statement and returns its rows.
     pub(crate) async fn rows(&self, sql: &str) -> Result<Vec<Row>, Error> {
         let result = tokio::time::timeout(STATEMENT_MAX, self.api.exec(sql)).await;
-        match result.map_err(|_| Error::TimedOut { seconds: STATEMENT_MAX.as_secs() })?.map_err(told)? {
+        match result.map_err(|_| Error::TimedOut { seconds: STATEMENT_MAX.as_secs() })?.map_err(|error| told(error, &self.failed_sign_in))? {
             QueryResult::Empty => Ok(Vec::new()),
             QueryResult::Json(json) => {
                 Ok(json.value.as_array().into_iter().flatten().map(|row| row.as_array().into_iter().flatten().map(cell).collect()).collect())
@@ -118,17 +120,16 @@ impl Session {
 }
 
 /// What the wire said, out of the crate's wrapping; else the crate's own words.
-fn told(error: SnowflakeApiError) -> Error {
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        if let Some(ours) = inner.downcast_ref::<Error>() {
-            return ours.clone();
-        }
-        cause = inner.source();
-    }
+fn told(error: SnowflakeApiError, failed_sign_in: &Failed) -> Error {
+    use reqwest_middleware::Error::Middleware;
+    use snowflake_api::connection::ConnectionError::RequestMiddlewareError;
     match error {
-        // Refusals were taken out above; what is left of a sign-in is the token we sign ourselves.
-        SnowflakeApiError::AuthError(_) => Error::KeyForm,
+        SnowflakeApiError::RequestError(RequestMiddlewareError(Middleware(ours))) => {
+            ours.downcast::<Error>().unwrap_or_else(|other| Error::Answer(other.to_string()))
+        }
+        // The crate keeps the type of these to itself, so the wire has put its own word aside. Without one, nothing was sent:
+        // what is left of a sign-in is the token, which is signed here.
+        SnowflakeApiError::AuthError(_) => failed_sign_in.lock().ok().and_then(|mut it| it.take()).unwrap_or(Error::KeyForm),
         other => Error::Answer(other.to_string()),
     }
 }

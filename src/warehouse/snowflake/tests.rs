@@ -59,11 +59,7 @@ impl Account {
     }
 
     fn access(&self) -> Access {
-        Access {
-            url: Secret::new("snowflake://acc/bank?warehouse=w&role=r&user=u"),
-            endpoint: Some(self.url.clone()),
-            private_key: Some(Secret::new(KEY)),
-        }
+        Access { url: Secret::new("snowflake://acc/bank?warehouse=w&role=r&user=u"), endpoint: Some(self.url.clone()), private_key: Some(Secret::new(KEY)) }
     }
 
     async fn connect(&self) -> Result<Snowflake, Error> {
@@ -118,7 +114,9 @@ async fn serve(connection: TcpStream, sign_in: Option<(u16, &'static str)>, scri
             let said = script.lock().expect("whole").pop_front();
             match said {
                 Some(Say::Rows(rows)) => (200, rows_of(rows).to_string()),
-                Some(Say::Later(rows)) => (200, json!({"success": true, "code": "333334", "message": null, "data": {"getResultUrl": format!("/later/{rows}")}}).to_string()),
+                Some(Say::Later(rows)) => {
+                    (200, json!({"success": true, "code": "333334", "message": null, "data": {"getResultUrl": format!("/later/{rows}")}}).to_string())
+                }
                 Some(Say::Refuse(code, message)) => (200, json!({"success": false, "code": code, "message": message, "data": null}).to_string()),
                 Some(Say::Nothing) => std::future::pending().await,
                 None => (200, rows_of("0").to_string()),

@@ -46,6 +46,9 @@ const AGAIN_AFTER: Duration = Duration::from_millis(500);
 /// What a PUT is about to send: the crate hands over SQL only.
 pub(super) type Outgoing = Arc<std::sync::Mutex<Option<(String, Bytes)>>>;
 
+/// Why the last sign-in failed: the crate's error for it cannot be looked into.
+pub(super) type Failed = Arc<std::sync::Mutex<Option<Error>>>;
+
 /// One session's layer.
 pub(super) struct Wire {
     pub(super) base: Url,
@@ -53,13 +56,28 @@ pub(super) struct Wire {
     /// Of the session, from its first statement on: time zone, query tag.
     pub(super) parameters: Map<String, Value>,
     pub(super) outgoing: Outgoing,
+    pub(super) failed_sign_in: Failed,
     /// For what is asked beside the crate's own requests.
     pub(super) http: Client,
 }
 
 #[async_trait]
 impl Middleware for Wire {
-    async fn handle(&self, mut request: Request, extensions: &mut http::Extensions, next: Next<'_>) -> reqwest_middleware::Result<Response> {
+    async fn handle(&self, request: Request, extensions: &mut http::Extensions, next: Next<'_>) -> reqwest_middleware::Result<Response> {
+        let signing_in = request.url().path().replace("//", "/") == SIGN_IN;
+        let response = self.exchange(request, extensions, next).await;
+        if signing_in
+            && let Err(reqwest_middleware::Error::Middleware(error)) = &response
+            && let Ok(mut failed) = self.failed_sign_in.lock()
+        {
+            *failed = error.downcast_ref::<Error>().cloned();
+        }
+        response
+    }
+}
+
+impl Wire {
+    async fn exchange(&self, mut request: Request, extensions: &mut http::Extensions, next: Next<'_>) -> reqwest_middleware::Result<Response> {
         if !request.url().host_str().is_some_and(|host| host.to_lowercase().ends_with(ACCOUNTS)) {
             return next.run(request, extensions).await;
         }
@@ -95,9 +113,7 @@ impl Middleware for Wire {
         let body = serde_json::to_vec(&answer).map_err(|error| fail(Error::Answer(error.to_string())))?;
         Ok(Response::from(http::Response::new(body)))
     }
-}
 
-impl Wire {
     /// Puts our host in the place of the crate's; returns the path.
     fn address(&self, url: &mut Url) -> String {
         // The crate writes `host//session/…`.
