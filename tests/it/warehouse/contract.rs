@@ -18,7 +18,7 @@ const CUSTOMERS: &str = "bank.public.customers";
 async fn run(ground: &Ground, on_postgres: &str, on_snowflake: &[String]) {
     match &ground.warehouse {
         Warehouse::Postgres(_) => ground.database.run(on_postgres).await,
-        #[cfg(feature = "stack")]
+        #[cfg(feature = "snowflake")]
         Warehouse::Snowflake(snowflake) => {
             for sql in on_snowflake {
                 snowflake.rows(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
@@ -33,7 +33,7 @@ async fn run(ground: &Ground, on_postgres: &str, on_snowflake: &[String]) {
 async fn number(ground: &Ground, sql: &str) -> i64 {
     match &ground.warehouse {
         Warehouse::Postgres(_) => ground.database.number(&format!("select ({sql})::bigint")).await,
-        #[cfg(feature = "stack")]
+        #[cfg(feature = "snowflake")]
         Warehouse::Snowflake(snowflake) => {
             let rows = snowflake.rows(&format!("select ({sql})::varchar")).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
             rows[0][0].as_deref().and_then(|it| it.parse().ok()).unwrap_or_else(|| panic!("{sql}: {rows:?}"))
