@@ -88,6 +88,7 @@ pub fn snowflake_host(url: &str) -> String {
 
 /// A warehouse of either kind. Clones share their connections.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "one or two live at a time, and a box would be one more thing to read past")]
 pub enum Warehouse {
     Postgres(Postgres),
     #[cfg(feature = "snowflake")]

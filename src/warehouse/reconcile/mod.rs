@@ -161,7 +161,7 @@ async fn settle_snowflake(
     for _ in 0..AGAIN {
         let covered = drained || on_snowflake::reached(warehouse, mark).await?;
         let places = on_snowflake::Folded::open(warehouse, mark, store, topics).await?;
-        let (checks, places) = compare_all(Places::Snowflake(places), source, mark).await?;
+        let (checks, places) = compare_all(Places::Snowflake(Box::new(places)), source, mark).await?;
         let Places::Snowflake(places) = places else { break };
         if places.stood_still().await? {
             return Ok(Report { ok: checks.iter().all(|it| it.ok), covered, checks });
@@ -174,7 +174,7 @@ async fn settle_snowflake(
 enum Places<'a> {
     Postgres(Folded<'a>),
     #[cfg(feature = "snowflake")]
-    Snowflake(on_snowflake::Folded<'a>),
+    Snowflake(Box<on_snowflake::Folded<'a>>),
 }
 
 impl Places<'_> {

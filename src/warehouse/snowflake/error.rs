@@ -22,7 +22,7 @@ pub enum Error {
     #[error("Snowflake gave no answer within {seconds} s; the statement was cancelled")]
     TimedOut { seconds: u64 },
     #[error(transparent)]
-    Refused(Refused),
+    Refused(Box<Refused>),
     #[error("could not upload to the stage: {0}")]
     Upload(String),
     #[error("Snowflake's answer could not be read: {0}")]
@@ -141,7 +141,7 @@ mod tests {
 
     fn refused(code: &str, message: &str) -> Error {
         let asker = Asker { user: "SVC".into(), role: "LEDGERLINE".into(), warehouse: "LOAD_WH".into(), database: "BANK".into() };
-        Error::Refused(Refused { code: code.into(), message: message.into(), asker })
+        Error::Refused(Box::new(Refused { code: code.into(), message: message.into(), asker }))
     }
 
     fn remedy(error: &Error) -> String {

@@ -98,11 +98,11 @@ impl Wire {
             cancel.over = true;
         }
         if answer["success"] != Value::Bool(true) {
-            return Err(fail(Error::Refused(Refused {
+            return Err(fail(Error::Refused(Box::new(Refused {
                 code: code(&answer).to_owned(),
                 message: answer["message"].as_str().unwrap_or_default().to_owned(),
                 asker: self.asker.clone(),
-            })));
+            }))));
         }
         if answer["data"]["command"] == "UPLOAD" {
             let outgoing = self.outgoing.lock().ok().and_then(|mut it| it.take());
