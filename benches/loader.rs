@@ -20,7 +20,7 @@ use ledgerline::{
     secret::Secret,
     stream::{Lane, records::Records},
     units::{Size, grouped},
-    warehouse::{load, postgres::Postgres},
+    warehouse::{Warehouse, load},
 };
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
@@ -56,7 +56,7 @@ async fn compare(url: &Secret, rows: i64) -> Result<()> {
         ..s3::Config::default()
     };
     let server = s3::Server::start(config).await?;
-    let warehouse = Postgres::connect(url).await?;
+    let warehouse = Warehouse::connect(&url.clone().into()).await?;
     warehouse.prepare().await?;
     let values: Vec<Vec<u8>> = (0..rows).map(envelope).collect();
     let bytes: usize = values.iter().map(Vec::len).sum();
@@ -185,7 +185,7 @@ async fn bare_copy(url: &Secret, values: &[Vec<u8>], objects: &[String]) -> Resu
     Ok(began.elapsed())
 }
 
-async fn loader(url: &Secret, store: &Store, warehouse: &Postgres, rows: i64) -> Result<Duration> {
+async fn loader(url: &Secret, store: &Store, warehouse: &Warehouse, rows: i64) -> Result<Duration> {
     let mut connection = PgConnection::connect(url.reveal()).await?;
     connection.execute("truncate raw.accounts, raw._loads").await?;
     let began = Instant::now();

@@ -112,6 +112,8 @@ pub struct Embedded {
 pub struct Secrets {
     pub source_password: Option<Secret>,
     pub warehouse_password: Option<Secret>,
+    /// Snowflake's: a PKCS#8 PEM, or the path of one.
+    pub warehouse_private_key: Option<Secret>,
     pub state_password: Option<Secret>,
     pub lake_access_key_id: Option<Secret>,
     pub lake_secret_access_key: Option<Secret>,
@@ -288,6 +290,7 @@ fn from_env(env: impl Iterator<Item = (String, String)>) -> Result<(Secrets, Vec
         let secret = match rest {
             "SOURCE__PASSWORD" => &mut secrets.source_password,
             "WAREHOUSE__PASSWORD" => &mut secrets.warehouse_password,
+            "WAREHOUSE__PRIVATE_KEY" => &mut secrets.warehouse_private_key,
             "STATE__PASSWORD" => &mut secrets.state_password,
             "LAKE__ACCESS_KEY_ID" => &mut secrets.lake_access_key_id,
             "LAKE__SECRET_ACCESS_KEY" => &mut secrets.lake_secret_access_key,

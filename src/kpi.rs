@@ -22,10 +22,13 @@ use crate::{
     secret::{Secret, without_password},
     units::Money,
     warehouse::{
-        self, Cut, While,
+        self, Cut, Warehouse, While,
         postgres::{self, Postgres},
     },
 };
+
+#[cfg(feature = "snowflake")]
+mod on_snowflake;
 
 /// As many customers as `total_customers_balance` lists.
 const TOP_CUSTOMERS: usize = 10;
@@ -122,12 +125,20 @@ impl Diagnose for Error {
 ///
 /// Fails with [`Error::Torn`] while dbt stands between its models (or has failed there): better no KPI than one that mixes
 /// two cuts.
-pub async fn read(warehouse: &Postgres) -> Result<Kpis, Error> {
+pub async fn read(warehouse: &Warehouse) -> Result<Kpis, Error> {
     Ok(read_as_of(warehouse).await?.kpis)
 }
 
 /// The KPIs of analytics and the cut they are true for, both of one moment.
-pub async fn read_as_of(warehouse: &Postgres) -> Result<Reading, Error> {
+pub async fn read_as_of(warehouse: &Warehouse) -> Result<Reading, Error> {
+    match warehouse {
+        Warehouse::Postgres(postgres) => read_postgres(postgres).await,
+        #[cfg(feature = "snowflake")]
+        Warehouse::Snowflake(snowflake) => Box::pin(on_snowflake::read_as_of(snowflake)).await,
+    }
+}
+
+async fn read_postgres(warehouse: &Postgres) -> Result<Reading, Error> {
     let doing = "compute the KPIs";
     let mut transaction = warehouse.pool().begin_with("begin isolation level repeatable read read only").await.during(doing)?;
     for model in MODELS {
@@ -138,7 +149,7 @@ pub async fn read_as_of(warehouse: &Postgres) -> Result<Reading, Error> {
     let cut = standing(&mut transaction).await?;
     let rows = sqlx::query(AssertSqlSafe(format!("{ANALYTICS}{TEN}"))).fetch_all(&mut *transaction).await.during(doing)?;
     transaction.commit().await.during(doing)?;
-    Ok(Reading { cut, kpis: Sums::new(&rows)?.kpis()? })
+    Ok(Reading { cut, kpis: Sums::new(rows.iter().map(Added::of))?.kpis()? })
 }
 
 /// The same ten on the source, as it is now.
@@ -147,14 +158,22 @@ pub async fn on_source(source: &Secret) -> Result<Kpis, Error> {
     let mut connection = PgConnection::connect_with(&postgres::options(source).map_err(refuse)?).await.map_err(refuse)?;
     let rows = sqlx::query(AssertSqlSafe(format!("{SOURCE}{TEN}"))).fetch_all(&mut connection).await.map_err(refuse)?;
     connection.close().await.map_err(refuse)?;
-    Sums::new(&rows)?.kpis()
+    Sums::new(rows.iter().map(Added::of))?.kpis()
 }
 
 /// How long the transactions that the KPIs show since `shown_at` took from their commit until then; each is measured once.
 ///
 /// Up to where the KPIs had shown them before is kept in the warehouse, so that what was committed before a crash, a night
 /// without us or a failed run is measured too: those are the slowest. Nothing is measured where nothing is new.
-pub async fn measure(warehouse: &Postgres, upto: Lsn, shown_at: DateTime<Utc>) -> Result<Histogram, Error> {
+pub async fn measure(warehouse: &Warehouse, upto: Lsn, shown_at: DateTime<Utc>) -> Result<Histogram, Error> {
+    match warehouse {
+        Warehouse::Postgres(postgres) => measure_postgres(postgres, upto, shown_at).await,
+        #[cfg(feature = "snowflake")]
+        Warehouse::Snowflake(snowflake) => Box::pin(on_snowflake::measure(snowflake, upto, shown_at)).await,
+    }
+}
+
+async fn measure_postgres(warehouse: &Postgres, upto: Lsn, shown_at: DateTime<Utc>) -> Result<Histogram, Error> {
     let doing = "measure the way from commit to KPI";
     let mut transaction = warehouse.pool().begin().await.during(doing)?;
     if !postgres::exists(&mut transaction, "staging.commits").await.during(doing)? {
@@ -227,16 +246,34 @@ with customer as (select id as customer_id, first_name || ' ' || last_name as na
 account as (select customer_id, account_type, balance from public.accounts),
 payment as (select txn_type, amount, created_at from public.transactions where status = 'COMPLETED')";
 
-/// All the sums the ten KPIs need, in whole cents. The session's time zone is UTC, so a date is a UTC date on both sides.
+/// All the sums the ten KPIs need, in whole cents, in words that PostgreSQL and Snowflake share. The session's time zone is UTC,
+/// so a date is a UTC date everywhere.
 const TEN: &str = "
-select 'customers' as what, null::text as name, null::date as day, null::bigint as id, null::text as cents, count(*) as n from customer
+select 'customers' as what, null::varchar as name, null::date as day, null::bigint as id, null::varchar as cents, count(*) as n from customer
 union all
-select 'accounts', account_type::text, null, null, (sum(balance) * 100)::numeric(60, 0)::text, count(*) from account group by account_type
+select 'accounts', account_type::varchar, null, null, (sum(balance) * 100)::numeric(38, 0)::varchar, count(*) from account group by account_type
 union all
-select 'payments', txn_type::text, created_at::date, null, (sum(amount) * 100)::numeric(60, 0)::text, count(*) from payment group by txn_type, created_at::date
+select 'payments', txn_type::varchar, created_at::date, null, (sum(amount) * 100)::numeric(38, 0)::varchar, count(*) from payment group by txn_type, created_at::date
 union all
-(select 'top', name, null, customer_id, (sum(balance) * 100)::numeric(60, 0)::text, count(*) from customer join account using (customer_id)
+(select 'top', name, null, customer_id, (sum(balance) * 100)::numeric(38, 0)::varchar, count(*) from customer join account using (customer_id)
  group by customer_id, name order by sum(balance) desc, customer_id limit 10)";
+
+/// One line of what the database added up.
+#[derive(Debug)]
+struct Added {
+    what: String,
+    name: Option<String>,
+    day: Option<NaiveDate>,
+    id: Option<i64>,
+    cents: Option<String>,
+    n: i64,
+}
+
+impl Added {
+    fn of(row: &PgRow) -> Self {
+        Self { what: row.get("what"), name: row.get("name"), day: row.get("day"), id: row.get("id"), cents: row.get("cents"), n: row.get("n") }
+    }
+}
 
 /// Whole cents and the number of rows they were added up from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -264,20 +301,20 @@ struct Sums {
 }
 
 impl Sums {
-    fn new(rows: &[PgRow]) -> Result<Self, Error> {
+    fn new(rows: impl IntoIterator<Item = Added>) -> Result<Self, Error> {
         let mut sums = Self::default();
-        for row in rows {
-            let name = row.get::<Option<String>, _>("name").unwrap_or_default();
-            let cents = row.get::<Option<&str>, _>("cents").map_or(Ok(0), |text| text.parse().map_err(|_| Error::TooLarge))?;
-            let sum = Sum { cents, rows: row.get::<i64, _>("n").unsigned_abs() };
-            match row.get("what") {
+        for Added { what, name, day, id, cents, n } in rows {
+            let name = name.unwrap_or_default();
+            let cents = cents.map_or(Ok(0), |text| text.parse().map_err(|_| Error::TooLarge))?;
+            let sum = Sum { cents, rows: n.unsigned_abs() };
+            match what.as_str() {
                 "customers" => sums.customers = sum.rows,
                 "accounts" => sums.accounts.entry(name).or_default().add(sum)?,
                 "payments" => {
                     sums.payments_by_type.entry(name).or_default().add(sum)?;
-                    sums.payments_by_day.entry(row.get("day")).or_default().add(sum)?;
+                    sums.payments_by_day.entry(day.unwrap_or_default()).or_default().add(sum)?;
                 }
-                _ => sums.top.push((row.get("id"), name, cents)),
+                _ => sums.top.push((id.unwrap_or_default(), name, cents)),
             }
         }
         Ok(sums)

@@ -14,8 +14,7 @@ use crate::{
     pipeline::{data_dir, services::Needs, socket::Client},
     units::{Money, grouped},
     warehouse::{
-        Cut,
-        postgres::Postgres,
+        Cut, Warehouse,
         reconcile::{self, Report},
     },
 };
@@ -36,7 +35,7 @@ pub(super) async fn kpi(loaded: &Loaded, output: Output) -> Result<Exit, Failure
     let interrupted = super::interrupts();
     let reach = super::Reach::take(loaded, Needs::POSTGRES, &interrupted).await?;
     let reading = async {
-        let warehouse = Postgres::connect(&reach.addresses.warehouse).await.map_err(|error| Failure::from_error(&error))?;
+        let warehouse = Warehouse::connect(&reach.addresses.warehouse).await.map_err(|error| Failure::from_error(&error))?;
         kpi::read_as_of(&warehouse).await.map_err(|error| Failure::from_error(&error))
     };
     let reading = super::unless_interrupted(&interrupted, reading).await;
@@ -85,7 +84,7 @@ async fn compare(loaded: &Loaded, reach: &super::Reach) -> Result<Report, Failur
     let failure = |error: crate::warehouse::Error| Failure::from_error(&error);
     let addresses = &reach.addresses;
     let topics = Topics::new(loaded.config.cdc.topic_prefix.clone());
-    let warehouse = Postgres::connect(&addresses.warehouse).await.map_err(failure)?;
+    let warehouse = Warehouse::connect(&addresses.warehouse).await.map_err(failure)?;
     let store = lake::Store::open(&addresses.lake).await.map_err(|error| Failure::from_error(&error))?;
     let mark = reconcile::mark(&addresses.source).await.map_err(failure)?;
     let runs = stages_run(loaded).await;

@@ -26,7 +26,7 @@ mod results;
 mod target;
 
 pub use results::{FailingRows, Kind, Node, NodeEvent, NodeResult, RunResults, Status, TestCounts};
-pub use target::Target;
+pub use target::{Account, Server, Target};
 
 /// Settings of dbt, `[dbt]` in `config.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -15,9 +15,16 @@ use crate::secret::Secret;
 /// How long a query that is told to end may take to let go of its locks.
 const SWEEP_MAX: Duration = Duration::from_secs(10);
 
+/// The warehouse dbt works in.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Target {
+    Postgres(Server),
+    Snowflake(Account),
+}
+
 /// A PostgreSQL warehouse.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Target {
+pub struct Server {
     pub host: String,
     pub port: u16,
     pub user: String,
@@ -25,9 +32,72 @@ pub struct Target {
     pub database: String,
 }
 
+/// A warehouse in a Snowflake account.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Account {
+    pub account: String,
+    /// The account's own host, or another one that leads there.
+    pub host: String,
+    pub port: u16,
+    /// `https`, but for a double on this machine.
+    pub protocol: String,
+    pub user: String,
+    /// PKCS#8 PEM.
+    pub private_key: Secret,
+    pub database: String,
+    pub role: String,
+    pub warehouse: String,
+}
+
 impl Target {
     /// From `postgres://user:password@host:port/database`.
     pub fn from_url(url: &Secret) -> Result<Self, Error> {
+        Server::from_url(url).map(Self::Postgres)
+    }
+
+    /// What `profiles.yml` reads.
+    pub(super) fn environment(&self, application: &str, threads: usize) -> Vec<(&'static str, String)> {
+        let mut variables = match self {
+            Self::Postgres(server) => server.environment(),
+            Self::Snowflake(account) => account.environment(),
+        };
+        variables.extend([("LEDGERLINE_DBT_APPLICATION", application.to_owned()), ("LEDGERLINE_DBT_THREADS", threads.to_string())]);
+        variables
+    }
+
+    /// Ends whatever a worker by this name has left running, and waits until it is gone.
+    ///
+    /// On Snowflake there is nothing to wait for: dbt writes in transactions, and that of a client that is gone never commits;
+    /// what it locked is let go within five minutes.
+    pub(super) async fn end_queries_of(&self, application: &str) -> Result<(), sqlx::Error> {
+        match self {
+            Self::Postgres(server) => server.end_queries_of(application).await,
+            Self::Snowflake(_) => Ok(()),
+        }
+    }
+}
+
+impl Account {
+    fn environment(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("LEDGERLINE_DBT_TARGET", "snowflake".to_owned()),
+            ("LEDGERLINE_DBT_ACCOUNT", self.account.clone()),
+            ("LEDGERLINE_DBT_HOST", self.host.clone()),
+            ("LEDGERLINE_DBT_PORT", self.port.to_string()),
+            ("LEDGERLINE_DBT_PROTOCOL", self.protocol.clone()),
+            ("LEDGERLINE_DBT_USER", self.user.clone()),
+            ("DBT_ENV_SECRET_LEDGERLINE_PRIVATE_KEY", self.private_key.reveal().to_owned()),
+            ("LEDGERLINE_DBT_DATABASE", self.database.clone()),
+            ("LEDGERLINE_DBT_ROLE", self.role.clone()),
+            ("LEDGERLINE_DBT_WAREHOUSE", self.warehouse.clone()),
+            // dbt renders the other output of the profile too.
+            ("DBT_ENV_SECRET_LEDGERLINE_PASSWORD", String::new()),
+        ]
+    }
+}
+
+impl Server {
+    fn from_url(url: &Secret) -> Result<Self, Error> {
         let parsed = Url::parse(url.reveal()).map_err(|_| Error::Address)?;
         let database = decoded(parsed.path().trim_start_matches('/'))?;
         let host = parsed.host_str().ok_or(Error::Address)?.trim_matches(['[', ']']).to_owned();
@@ -39,24 +109,19 @@ impl Target {
         Ok(Self { host, port: parsed.port().unwrap_or(5432), user, password, database })
     }
 
-    /// What `profiles.yml` reads.
-    pub(super) fn environment(&self, application: &str, threads: usize) -> [(&'static str, String); 8] {
-        [
+    fn environment(&self) -> Vec<(&'static str, String)> {
+        vec![
             ("LEDGERLINE_DBT_TARGET", "postgres".to_owned()),
             ("LEDGERLINE_DBT_HOST", self.host.clone()),
             ("LEDGERLINE_DBT_PORT", self.port.to_string()),
             ("LEDGERLINE_DBT_USER", self.user.clone()),
             ("DBT_ENV_SECRET_LEDGERLINE_PASSWORD", self.password.reveal().to_owned()),
             ("LEDGERLINE_DBT_DATABASE", self.database.clone()),
-            ("LEDGERLINE_DBT_APPLICATION", application.to_owned()),
-            ("LEDGERLINE_DBT_THREADS", threads.to_string()),
         ]
     }
 
-    /// Ends whatever a worker by this name has left running, and waits until it is gone.
-    ///
     /// A client that is killed is missed by its server only when it next speaks; until then its statement runs on and holds its locks.
-    pub(super) async fn end_queries_of(&self, application: &str) -> Result<(), sqlx::Error> {
+    async fn end_queries_of(&self, application: &str) -> Result<(), sqlx::Error> {
         let options = PgConnectOptions::new_without_pgpass()
             .host(&self.host)
             .port(self.port)
@@ -106,10 +171,10 @@ mod tests {
 
     #[test]
     fn an_address_is_taken_apart() {
-        let target = Target::from_url(&Secret::new("postgres://led%40ger:p%2Fw+d@127.0.0.1:5432/ware%20house")).unwrap();
+        let target = Server::from_url(&Secret::new("postgres://led%40ger:p%2Fw+d@127.0.0.1:5432/ware%20house")).unwrap();
         assert_eq!((target.host.as_str(), target.port, target.user.as_str()), ("127.0.0.1", 5432, "led@ger"));
         assert_eq!((target.password.reveal(), target.database.as_str()), ("p/w+d", "ware house"));
-        assert_eq!(Target::from_url(&Secret::new("postgres://bank@[::1]/warehouse")).unwrap().host, "::1");
+        assert_eq!(Server::from_url(&Secret::new("postgres://bank@[::1]/warehouse")).unwrap().host, "::1");
     }
 
     #[test]

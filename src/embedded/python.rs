@@ -22,6 +22,8 @@ use super::Progress;
 use crate::fault::{Diagnose, Fault};
 
 const LOCK: &str = include_str!("requirements.lock");
+/// The same, with what dbt needs for Snowflake.
+const SNOWFLAKE_LOCK: &str = concat!(include_str!("requirements.lock"), "\n", include_str!("requirements-snowflake.lock"));
 /// The minor versions of Python 3 that the lock file has wheels for.
 const MINORS: std::ops::RangeInclusive<u32> = 10..=14;
 /// An interpreter that does not say its version by then is broken.
@@ -95,12 +97,22 @@ impl Venv {
         Self::ensure_in(&cache, &std::env::var_os("PATH").unwrap_or_default(), progress).await
     }
 
+    /// The same with dbt's adapter for Snowflake: an environment of its own.
+    pub async fn ensure_for_snowflake(progress: &Progress) -> Result<Self, Error> {
+        let cache = dirs::cache_dir().ok_or(Error::NoCacheDir)?.join("ledgerline");
+        Self::ensure_of(SNOWFLAKE_LOCK, &cache, &std::env::var_os("PATH").unwrap_or_default(), progress).await
+    }
+
     /// The same in a directory of the caller's choice, with the interpreters of `search_path`.
     pub async fn ensure_in(cache: &Path, search_path: &OsStr, progress: &Progress) -> Result<Self, Error> {
+        Self::ensure_of(LOCK, cache, search_path, progress).await
+    }
+
+    async fn ensure_of(packages: &str, cache: &Path, search_path: &OsStr, progress: &Progress) -> Result<Self, Error> {
         let base = find_python(search_path).await?;
         let on_cache = |source| Error::CacheDir { dir: cache.to_owned(), source };
         std::fs::create_dir_all(cache).map_err(on_cache)?;
-        let name = name_of(LOCK, base.minor);
+        let name = name_of(packages, base.minor);
         let venv = Self::at(&cache.join(&name), base.minor);
         if venv.is_whole().await {
             return Ok(venv);
@@ -113,7 +125,7 @@ impl Venv {
         let (swept, whole) = (cache.to_owned(), name.clone());
         let swept = tokio::task::spawn_blocking(move || sweep(&swept, &whole)).await;
         swept.unwrap_or_else(|panicked| Err(io::Error::other(panicked))).map_err(on_cache)?;
-        build(cache, &name, &base, progress).await?;
+        build(cache, packages, &name, &base, progress).await?;
         Ok(venv)
     }
 
@@ -240,7 +252,7 @@ fn sweep(cache: &Path, name: &str) -> io::Result<()> {
     Ok(())
 }
 
-async fn build(cache: &Path, name: &str, base: &Base, progress: &Progress) -> Result<(), Error> {
+async fn build(cache: &Path, packages: &str, name: &str, base: &Base, progress: &Progress) -> Result<(), Error> {
     let on_cache = |source| Error::CacheDir { dir: cache.to_owned(), source };
     let started = Instant::now();
     progress.say(format!("preparing the Python environment with Python 3.{} (once, usually 20 to 60 s; downloads 60 MB)", base.minor));
@@ -252,7 +264,7 @@ async fn build(cache: &Path, name: &str, base: &Base, progress: &Progress) -> Re
         return Err(refused(cache, &output, |said| Error::Venv { python: base.python.clone(), said }));
     }
     let requirements = half.0.join("requirements.lock");
-    std::fs::write(&requirements, LOCK).map_err(on_cache)?;
+    std::fs::write(&requirements, packages).map_err(on_cache)?;
     let python = half.0.join("bin/python");
     let mut pip = Command::new(&python);
     // Bytecode is written by what is imported: compiling everything would take longer than the whole download.

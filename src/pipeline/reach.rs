@@ -14,6 +14,7 @@ use crate::{
     embedded::Progress,
     fault::{Diagnose, Fault},
     units::Span,
+    warehouse,
 };
 
 use super::services::{AWS, Needs};
@@ -73,11 +74,17 @@ pub fn external(config: &Config, needs: Needs) -> Vec<Place> {
     };
     let brokers = || config.stream.bootstrap_servers.split(',').map(str::trim).filter(|it| !it.is_empty()).filter_map(broker);
     let named = |service, key, address: &str| Place { service, key, hosts: host_of(address).into_iter().collect() };
+    // An account has no host in its address.
+    let warehouse = match config.warehouse.endpoint.as_str() {
+        _ if !warehouse::is_snowflake(&config.warehouse.url) => named("the warehouse", "warehouse.url", &config.warehouse.url),
+        "" => named("Snowflake", "warehouse.url", &format!("https://{}", warehouse::snowflake_host(&config.warehouse.url))),
+        endpoint => named("Snowflake", "warehouse.endpoint", endpoint),
+    };
     let places = [
         (needs.postgres, &config.source.url, named("the bank's database", "source.url", &config.source.url)),
         (needs.stream, &config.stream.bootstrap_servers, Place { service: "Kafka", key: "stream.bootstrap_servers", hosts: brokers().collect() }),
         (needs.lake, &config.lake.endpoint, named("the lake's S3", "lake.endpoint", &config.lake.endpoint)),
-        (needs.postgres, &config.warehouse.url, named("the warehouse", "warehouse.url", &config.warehouse.url)),
+        (needs.postgres, &config.warehouse.url, warehouse),
         (needs.postgres, &config.state.url, named("the state database", "state.url", &config.state.url)),
     ];
     places.into_iter().filter(|(needed, address, _)| *needed && *address != EMBEDDED && *address != AWS).map(|(_, _, place)| place).collect()

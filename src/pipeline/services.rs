@@ -16,6 +16,7 @@ use crate::{
     fault::{Diagnose, Fault},
     lake,
     secret::Secret,
+    warehouse,
 };
 
 use super::{
@@ -43,7 +44,7 @@ impl Needs {
 #[derive(Debug, Clone)]
 pub struct Addresses {
     pub source: Secret,
-    pub warehouse: Secret,
+    pub warehouse: warehouse::Access,
     pub state: Secret,
     pub kafka: String,
     pub lake: lake::Access,
@@ -88,6 +89,9 @@ pub enum Error {
     S3(#[from] s3::Error),
     #[error(transparent)]
     Python(#[from] python::Error),
+    #[cfg(feature = "snowflake")]
+    #[error(transparent)]
+    Snowflake(#[from] warehouse::snowflake::Error),
     #[error(transparent)]
     Postgres(#[from] postgres::Error),
     #[error("{key} is not an address: {why}")]
@@ -105,6 +109,8 @@ impl Diagnose for Error {
             Self::Kafka(error) => error.fault(),
             Self::S3(error) => error.fault(),
             Self::Python(error) => error.fault(),
+            #[cfg(feature = "snowflake")]
+            Self::Snowflake(error) => error.fault(),
             Self::Postgres(error) => error.fault(),
             Self::Address { key, .. } => Fault::Operator(format!("correct {key}: \"embedded\", or an address with a scheme and a host")),
             Self::NoBoundaries => Fault::Operator("set cdc.transaction_metadata = true, or run `ledgerline cdc` and `ledgerline sink` without dbt".to_owned()),
@@ -140,7 +146,7 @@ impl Printed {
         };
         Ok(Addresses {
             source: Secret::new(self.source),
-            warehouse: Secret::new(self.warehouse),
+            warehouse: Secret::new(self.warehouse).into(),
             state: Secret::new(self.state),
             kafka: self.kafka,
             lake,
@@ -176,7 +182,7 @@ impl Services {
         };
         let addresses = Addresses {
             source: Secret::default(),
-            warehouse: Secret::default(),
+            warehouse: warehouse::Access::default(),
             state: Secret::default(),
             kafka: config.stream.bootstrap_servers.clone(),
             lake,
@@ -190,7 +196,9 @@ impl Services {
         let config = &loaded.config;
         if needs.postgres {
             for (key, url) in [("source.url", &config.source.url), ("warehouse.url", &config.warehouse.url), ("state.url", &config.state.url)] {
-                if url != EMBEDDED {
+                if key == "warehouse.url" && warehouse::is_snowflake(url) {
+                    external_snowflake(loaded)?;
+                } else if url != EMBEDDED {
                     external_database(key, url, None)?;
                 }
             }
@@ -254,7 +262,8 @@ impl Services {
         let config = &loaded.config;
         let postgres_embedded = needs.postgres && [&config.source.url, &config.warehouse.url, &config.state.url].into_iter().any(|it| it == EMBEDDED);
         if postgres_embedded || needs.dbt {
-            let venv = python::Venv::ensure(progress).await?;
+            let on_snowflake = needs.dbt && warehouse::is_snowflake(&config.warehouse.url);
+            let venv = if on_snowflake { python::Venv::ensure_for_snowflake(progress).await? } else { python::Venv::ensure(progress).await? };
             self.addresses.python = Some(venv.python().to_owned());
             if postgres_embedded {
                 let config = postgres::Config {
@@ -273,7 +282,11 @@ impl Services {
         if needs.postgres {
             let secrets = &loaded.secrets;
             self.addresses.source = self.database("source.url", &config.source.url, secrets.source_password.as_ref(), SOURCE_DATABASE)?;
-            self.addresses.warehouse = self.database("warehouse.url", &config.warehouse.url, secrets.warehouse_password.as_ref(), WAREHOUSE_DATABASE)?;
+            self.addresses.warehouse = if warehouse::is_snowflake(&config.warehouse.url) {
+                external_snowflake(loaded)?
+            } else {
+                self.database("warehouse.url", &config.warehouse.url, secrets.warehouse_password.as_ref(), WAREHOUSE_DATABASE)?.into()
+            };
             self.addresses.state = self.database("state.url", &config.state.url, secrets.state_password.as_ref(), STATE_DATABASE)?;
         }
         Ok(())
@@ -323,7 +336,7 @@ impl Services {
         Printed {
             schema: 1,
             source: self.addresses.source.reveal().to_owned(),
-            warehouse: self.addresses.warehouse.reveal().to_owned(),
+            warehouse: self.addresses.warehouse.url.reveal().to_owned(),
             state: self.addresses.state.reveal().to_owned(),
             kafka: self.addresses.kafka.clone(),
             s3: PrintedS3 {
@@ -372,6 +385,27 @@ fn external_database(key: &'static str, configured: &str, password: Option<&Secr
         url.set_password(Some(password.reveal())).map_err(|()| refuse("it has no place for a password"))?;
     }
     Ok(Secret::new(url))
+}
+
+/// An account of Snowflake's: what can be wrong with its address and key is told before anything is started.
+#[cfg(feature = "snowflake")]
+fn external_snowflake(loaded: &Loaded) -> Result<warehouse::Access, Error> {
+    let config = &loaded.config.warehouse;
+    let endpoint = match config.endpoint.as_str() {
+        "" => None,
+        endpoint => Some(Url::parse(endpoint).map_err(|error| Error::Address { key: "warehouse.endpoint", why: error.to_string() })?),
+    };
+    let access = warehouse::Access { url: Secret::new(&config.url), endpoint, private_key: loaded.secrets.warehouse_private_key.clone() };
+    warehouse::snowflake::Settings::new(&access)?;
+    Ok(access)
+}
+
+#[cfg(not(feature = "snowflake"))]
+fn external_snowflake(_: &Loaded) -> Result<warehouse::Access, Error> {
+    Err(Error::Address {
+        key: "warehouse.url",
+        why: "this ledgerline was built without Snowflake (`cargo build --release --features snowflake` has it)".to_owned(),
+    })
 }
 
 fn external_lake(loaded: &Loaded) -> Result<lake::Access, Error> {

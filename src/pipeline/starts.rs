@@ -12,7 +12,7 @@ use crate::{
     dag, dbt, lake, notify, refresh,
     secret::Secret,
     stage,
-    warehouse::postgres::{Postgres, SnapshotEnds},
+    warehouse::{self, SnapshotEnds, Warehouse},
 };
 
 use super::{
@@ -164,11 +164,11 @@ struct Hands {
 async fn schedule_runs(hands: Arc<Hands>, requests: mpsc::Receiver<dag::Request>, control: stage::Control<dag::Stats>) -> Result<(), supervise::Failed> {
     let addresses = &hands.addresses;
     let python = addresses.python.as_deref().expect("whoever hosts the scheduler needs dbt, so its environment is there");
-    let worker = dbt::Worker::start(python, &hands.dbt, dbt::Target::from_url(&addresses.warehouse)?, &hands.dbt_work).await?;
+    let worker = dbt::Worker::start(python, &hands.dbt, dbt_target(&addresses.warehouse)?, &hands.dbt_work).await?;
     let (state, prefix) = (addresses.state.clone(), hands.topics.prefix().to_owned());
     let rooms = refresh::Rooms {
         store: lake::Store::connect(&addresses.lake).await?,
-        warehouse: Postgres::connect(&addresses.warehouse).await?,
+        warehouse: Warehouse::connect(&addresses.warehouse).await?,
         topics: hands.topics.clone(),
         dbt: worker.clone(),
         outbox: notify::Outbox::new(&addresses.state, &hands.mail),
@@ -194,9 +194,30 @@ async fn schedule_runs(hands: Arc<Hands>, requests: mpsc::Receiver<dag::Request>
 }
 
 /// What earlier processes left is told once, as soon as it is read.
-async fn recall(warehouse: Postgres, history: dag::History, refreshed: watch::Sender<refresh::Stats>) {
+async fn recall(warehouse: Warehouse, history: dag::History, refreshed: watch::Sender<refresh::Stats>) {
     let earlier = refresh::recall(&warehouse, &history).await;
     refreshed.send_modify(|it| it.earlier = Some(earlier));
+}
+
+/// Where dbt finds the warehouse that we load.
+fn dbt_target(warehouse: &warehouse::Access) -> Result<dbt::Target, supervise::Failed> {
+    #[cfg(feature = "snowflake")]
+    if warehouse::is_snowflake(warehouse.url.reveal()) {
+        let settings = warehouse::snowflake::Settings::new(warehouse).map_err(warehouse::Error::from)?;
+        let host = settings.endpoint().clone();
+        return Ok(dbt::Target::Snowflake(dbt::Account {
+            host: host.host_str().unwrap_or_default().to_owned(),
+            port: host.port_or_known_default().unwrap_or(443),
+            protocol: host.scheme().to_owned(),
+            account: settings.account,
+            user: settings.user,
+            private_key: settings.private_key,
+            database: settings.database,
+            role: settings.role,
+            warehouse: settings.warehouse,
+        }));
+    }
+    Ok(dbt::Target::from_url(&warehouse.url)?)
 }
 
 async fn snapshot_ends(state: Secret, topic_prefix: String) -> Result<Option<SnapshotEnds>, dag::TaskError> {

@@ -29,12 +29,7 @@ use crate::{
     lake::Store,
     notify::Outbox,
     secret::Secret,
-    warehouse::{
-        self,
-        load::Pending,
-        postgres::{Position, Postgres, SnapshotEnds},
-        reconcile::Mark,
-    },
+    warehouse::{self, Position, SnapshotEnds, Warehouse, load::Pending, reconcile::Mark},
 };
 use stats::Board;
 
@@ -59,7 +54,7 @@ pub type AskSnapshotEnds = Arc<dyn Fn() -> BoxFuture<'static, Result<Option<Snap
 #[derive(Clone)]
 pub struct Rooms {
     pub store: Store,
-    pub warehouse: Postgres,
+    pub warehouse: Warehouse,
     pub topics: Topics,
     pub dbt: dbt::Worker,
     pub outbox: Outbox,
@@ -194,11 +189,17 @@ async fn discover(house: &House, context: &TaskContext) -> Result<TaskOutcome, T
     Ok(TaskOutcome::with_note(&Discovered { pending, loaded }))
 }
 
+/// What the warehouse's own history calls the statements of a task.
+fn tag_of(context: &TaskContext) -> String {
+    format!("ledgerline/{}/{}/{}", context.dag_id, context.run_id, context.task_id)
+}
+
 async fn load(house: &House, context: &TaskContext, table: &str) -> Result<TaskOutcome, TaskError> {
     let rooms = &house.rooms;
     house.board.load_begins(table, &context.run_id);
     let progress = |part| house.board.loaded(table, part);
-    let loaded = warehouse::load::load(&rooms.store, &rooms.warehouse, &rooms.topics, table, progress).await;
+    let tagged = rooms.warehouse.tagged(&tag_of(context));
+    let loaded = warehouse::load::load(&rooms.store, &tagged, &rooms.topics, table, progress).await;
     house.board.load_ends(table);
     let loaded = loaded.map_err(|error| TaskError::from(&error))?;
     context.log.line(format!("{} files with {} rows loaded", loaded.files, loaded.rows));

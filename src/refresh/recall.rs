@@ -13,7 +13,7 @@ use crate::{
     dbt::{self, TestCounts},
     fault::{Backoff, Diagnose, Fault, chain},
     kpi,
-    warehouse::postgres::Postgres,
+    warehouse::Warehouse,
 };
 
 /// The newest runs among which one with results of dbt is looked for.
@@ -44,7 +44,7 @@ pub struct EarlierDbt {
 }
 
 /// Looks for it, patiently.
-pub async fn recall(warehouse: &Postgres, history: &History) -> Earlier {
+pub async fn recall(warehouse: &Warehouse, history: &History) -> Earlier {
     let runs = history.runs(TRANSFORMATION, RUNS_LOOKED_AT).await.unwrap_or_else(|error| {
         tracing::debug!(error = %chain(&error), "the last runs of dbt were not read");
         Vec::new()

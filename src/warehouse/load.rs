@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection, Transaction};
 
 use super::{
-    Error, While,
-    postgres::{Postgres, RawTable},
+    Error, Warehouse, While,
+    postgres::RawTable,
     pour::{Encode, Pour, Room, Rows},
     sqlstate,
 };
@@ -65,7 +65,7 @@ impl Loaded {
 /// What waits to be loaded, by table, in the order of their names; tables with nothing to load are listed with zeros.
 ///
 /// Reads each commit record that waits, and no other.
-pub async fn discover(store: &Store, warehouse: &Postgres, topics: &Topics) -> Result<Vec<Pending>, Error> {
+pub async fn discover(store: &Store, warehouse: &Warehouse, topics: &Topics) -> Result<Vec<Pending>, Error> {
     let loaded = warehouse.loaded_positions().await?;
     let mut tables: BTreeMap<String, Pending> = BTreeMap::new();
     for lane in lake::log::lanes(store).await.map_err(Error::Lake)? {
@@ -93,22 +93,47 @@ pub async fn discover(store: &Store, warehouse: &Postgres, topics: &Topics) -> R
 /// Loads what one table has in the lake, up to what was there when this began, and tells `progress` after each transaction.
 ///
 /// Safe to drop at any point: it works on a connection of its own. Safe to run twice at once.
-pub async fn load(store: &Store, warehouse: &Postgres, topics: &Topics, table: &str, mut progress: impl FnMut(Loaded) + Send) -> Result<Loaded, Error> {
-    let mut total = Loaded::default();
+pub async fn load(store: &Store, warehouse: &Warehouse, topics: &Topics, table: &str, progress: impl FnMut(Loaded) + Send) -> Result<Loaded, Error> {
     let lanes = lake::log::lanes(store).await.map_err(Error::Lake)?;
     let lanes: Vec<Lane> = lanes.into_iter().filter(|lane| topics.lake_name(&lane.topic).as_deref() == Some(table)).collect();
     if lanes.is_empty() {
-        return Ok(total);
+        return Ok(Loaded::default());
     }
-    let into = RawTable::new(table);
-    warehouse.prepare_table(&into).await?;
-    let mut connection = warehouse.session().await?;
+    match warehouse {
+        Warehouse::Postgres(postgres) => {
+            let into = RawTable::new(table);
+            postgres.prepare_table(&into).await?;
+            let loader = Copying { connection: postgres.session().await?, store, room: postgres.room(), into: &into };
+            follow(loader, store, lanes, progress).await
+        }
+        #[cfg(feature = "snowflake")]
+        Warehouse::Snowflake(snowflake) => {
+            let loader = Box::pin(super::snowflake::Loader::new(snowflake, store, table)).await?;
+            Box::pin(follow(loader, store, lanes, progress)).await
+        }
+    }
+}
+
+/// What a kind of warehouse does for one lane.
+pub(super) trait LaneLoader {
+    /// A transaction ends after so many compressed bytes.
+    const BYTES_MAX: u64;
+
+    /// The last offset that is loaded.
+    fn position(&mut self, lane: &Lane) -> impl Future<Output = Result<Option<i64>, Error>> + Send;
+
+    /// Loads consecutive objects in one transaction. None where the lane is no longer where it was seen: then nothing is done.
+    fn load(&mut self, lane: &Lane, seen: Option<i64>, group: &[CommitRecord]) -> impl Future<Output = Result<Option<Loaded>, Error>> + Send;
+}
+
+/// Follows each lane to where it ended when this began.
+async fn follow<L: LaneLoader + Send>(mut loader: L, store: &Store, lanes: Vec<Lane>, mut progress: impl FnMut(Loaded) + Send) -> Result<Loaded, Error> {
+    let mut total = Loaded::default();
     for lane in lanes {
-        let target = Target { store, room: warehouse.room(), into: &into, lane: &lane };
-        let seen = position(&mut connection, &lane).await.during("read raw._loads")?;
+        let seen = loader.position(&lane).await?;
         let Some(newest) = lake::log::newest(store, &lane.topic, lane.partition, seen).await.map_err(Error::Lake)? else { continue };
         loop {
-            let position = position(&mut connection, &lane).await.during("read raw._loads")?;
+            let mut position = loader.position(&lane).await?;
             if position.is_some_and(|it| it >= newest.record.last_offset) {
                 break;
             }
@@ -117,13 +142,41 @@ pub async fn load(store: &Store, warehouse: &Postgres, topics: &Topics, table: &
                 // The lane goes on, and no commit record says how.
                 return Err(Error::Gap { lane: lane.to_string(), loaded: position.unwrap_or(-1), found: newest.record.first_offset });
             }
-            // None: somebody else was first, so look again where the lane ends.
-            if let Some(done) = target.load_page(&mut connection, position, &page, &mut progress).await? {
+            for group in transactions(&page, L::BYTES_MAX) {
+                // None: somebody else was first, so look again where the lane ends.
+                let Some(done) = loader.load(&lane, position, group).await? else { break };
                 total.add(done);
+                progress(done);
+                position = group.last().map(|it| it.last_offset);
             }
         }
     }
     Ok(total)
+}
+
+/// Loads by COPY over a PostgreSQL connection.
+struct Copying<'a> {
+    connection: PgConnection,
+    store: &'a Store,
+    room: &'a Room,
+    into: &'a RawTable,
+}
+
+impl LaneLoader for Copying<'_> {
+    const BYTES_MAX: u64 = TRANSACTION_BYTES;
+
+    async fn position(&mut self, lane: &Lane) -> Result<Option<i64>, Error> {
+        position(&mut self.connection, lane).await.during("read raw._loads")
+    }
+
+    async fn load(&mut self, lane: &Lane, seen: Option<i64>, group: &[CommitRecord]) -> Result<Option<Loaded>, Error> {
+        let Self { connection, store, room, into } = self;
+        let target = Target { store, room, into, lane };
+        match target.in_one_copy(connection, seen, group).await {
+            Err(error) if is_refusal(&error) => target.one_by_one(connection, seen, group).await,
+            done => done,
+        }
+    }
 }
 
 /// One lane on its way into its table.
@@ -135,28 +188,6 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Loads consecutive objects, as many to a transaction as fit. None when the lane is no longer where it was seen.
-    async fn load_page(
-        &self,
-        connection: &mut PgConnection,
-        mut position: Option<i64>,
-        page: &[CommitRecord],
-        progress: &mut (dyn FnMut(Loaded) + Send),
-    ) -> Result<Option<Loaded>, Error> {
-        let mut total = Loaded::default();
-        for group in transactions(page) {
-            let done = match self.in_one_copy(connection, position, group).await {
-                Err(error) if is_refusal(&error) => self.one_by_one(connection, position, group).await?,
-                done => done?,
-            };
-            let Some(done) = done else { return Ok(None) };
-            total.add(done);
-            progress(done);
-            position = group.last().map(|it| it.last_offset);
-        }
-        Ok(Some(total))
-    }
-
     /// The happy path: one COPY for the whole group.
     async fn in_one_copy(&self, connection: &mut PgConnection, position: Option<i64>, group: &[CommitRecord]) -> Result<Option<Loaded>, Error> {
         let Some(mut transaction) = self.begin(connection, position).await? else { return Ok(None) };
@@ -284,12 +315,12 @@ async fn note(connection: &mut PgConnection, group: &[CommitRecord], rejected: &
 }
 
 /// Cuts a page into transactions: as many objects as fit, at least one.
-fn transactions(page: &[CommitRecord]) -> impl Iterator<Item = &[CommitRecord]> {
+fn transactions(page: &[CommitRecord], bytes_max: u64) -> impl Iterator<Item = &[CommitRecord]> {
     let (mut rows, mut bytes) = (0, 0);
     page.chunk_by(move |before, next| {
         rows += before.rows;
         bytes += before.bytes;
-        let fits = rows + next.rows <= TRANSACTION_ROWS && bytes + next.bytes <= TRANSACTION_BYTES;
+        let fits = rows + next.rows <= TRANSACTION_ROWS && bytes + next.bytes <= bytes_max;
         if !fits {
             (rows, bytes) = (0, 0);
         }
@@ -358,7 +389,7 @@ mod tests {
         #[test]
         fn every_object_is_in_one_transaction_in_order_and_none_is_too_large(sizes in prop::collection::vec((0..TRANSACTION_ROWS * 2, 0..TRANSACTION_BYTES * 2), 0..60)) {
             let page: Vec<CommitRecord> = sizes.into_iter().map(|(rows, bytes)| record(rows, bytes)).collect();
-            let groups: Vec<&[CommitRecord]> = transactions(&page).collect();
+            let groups: Vec<&[CommitRecord]> = transactions(&page, TRANSACTION_BYTES).collect();
             prop_assert_eq!(&groups.concat(), &page);
             for group in &groups {
                 let (rows, bytes): (u64, u64) = (group.iter().map(|it| it.rows).sum(), group.iter().map(|it| it.bytes).sum());

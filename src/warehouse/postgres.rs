@@ -3,14 +3,13 @@
 use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc, time::Duration};
 
 use chrono::NaiveDateTime;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Row,
     postgres::{PgConnectOptions, PgPoolOptions, PgRow},
 };
 
-use super::{Cut, Error, Stats, While, load::Loaded, pour::Room};
+use super::{Cut, Error, Position, SnapshotEnds, Stats, While, load::Loaded, pour::Room};
 use crate::{
     change::{BANK_TABLES, BOUNDARIES, Lsn, Topics},
     secret::{Secret, without_password},
@@ -55,24 +54,6 @@ impl fmt::Display for RawTable {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "raw.\"{}\"", self.0.replace('"', "\"\""))
     }
-}
-
-/// How far a lane is loaded.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Position {
-    pub topic: String,
-    pub partition: i32,
-    pub last_offset: i64,
-}
-
-/// Where the initial snapshot ended.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct SnapshotEnds {
-    /// Where in the WAL it was read: tells its rows from those of an attempt that died. None where nobody knows, then the newest
-    /// rows are meant.
-    pub lsn: Option<Lsn>,
-    /// Topic, partition and end offset of each lane.
-    pub lanes: Vec<(String, i32, i64)>,
 }
 
 /// A warehouse in a PostgreSQL database. Clones share its connections.

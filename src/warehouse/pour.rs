@@ -37,7 +37,7 @@ impl Room {
     }
 
     /// Waits in line, so the object that is sent next is never behind one that is sent later.
-    async fn take(&self, bytes: u64) -> Result<OwnedSemaphorePermit, Error> {
+    pub(crate) async fn take(&self, bytes: u64) -> Result<OwnedSemaphorePermit, Error> {
         let kib = u32::try_from(bytes.saturating_mul(SWELLS) / 1024 + 1).unwrap_or(ROOM_KIB).min(ROOM_KIB);
         Arc::clone(&self.0).acquire_many_owned(kib).await.map_err(|_| Error::Interrupted)
     }

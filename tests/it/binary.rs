@@ -114,7 +114,7 @@ pub(crate) async fn proof(bank: &Bank) {
     let addresses: Value = serde_json::from_str(&services.first_line()).expect("one line of JSON");
     let source = addresses["source"].as_str().expect("an address");
     let on_source = ledgerline::kpi::on_source(&ledgerline::secret::Secret::new(source)).await.expect("the source answers");
-    let warehouse = ledgerline::warehouse::postgres::Postgres::connect(&ledgerline::secret::Secret::new(addresses["warehouse"].as_str().expect("an address")))
+    let warehouse = ledgerline::warehouse::Warehouse::connect(&ledgerline::secret::Secret::new(addresses["warehouse"].as_str().expect("an address")).into())
         .await
         .expect("the warehouse answers");
     let on_warehouse = ledgerline::kpi::read(&warehouse).await.expect("the warehouse has numbers");

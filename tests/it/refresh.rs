@@ -23,7 +23,7 @@ use ledgerline::{
     refresh::{self, LOADING, Rooms},
     stage::{self, Phase},
     stream::{Lane, records::Records},
-    warehouse::postgres::Postgres,
+    warehouse::Warehouse,
 };
 use sqlx::{AssertSqlSafe, Executor as _, PgConnection, Row};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
@@ -85,7 +85,7 @@ struct House {
     warehoused: Database,
     state: Database,
     store: Store,
-    warehouse: Postgres,
+    warehouse: Warehouse,
     _lake: Lake,
     dir: tempfile::TempDir,
 }
@@ -97,7 +97,7 @@ impl House {
         let dir = tempfile::tempdir().unwrap();
         let lake = Lake::open().await;
         let store = Store::connect(&lake.access).await.unwrap();
-        let warehouse = Postgres::connect(&warehoused.url).await.unwrap();
+        let warehouse = Warehouse::connect(&warehoused.url.clone().into()).await.unwrap();
         let house = Self { source, warehoused, state, store, warehouse, _lake: lake, dir };
         sqlx::raw_sql(SCHEMA_OF_THE_BANK).execute(&mut house.bank().await).await.unwrap();
         house

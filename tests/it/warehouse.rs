@@ -2,6 +2,7 @@
 //! what was tampered with.
 
 mod bank;
+mod contract;
 mod ground;
 mod kpis;
 mod loading;

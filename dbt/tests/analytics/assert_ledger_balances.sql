@@ -40,7 +40,7 @@ moved as (
 ledger as (
     select
         account_id,
-        sum(amount) as amount
+        cast(sum(amount) as numeric(38, 2)) as amount
     from moved
     where account_id is not null
     group by account_id
@@ -49,7 +49,9 @@ ledger as (
 balances as (
     select
         account_id,
-        sum(case when is_current then balance else 0 end) - sum(case when tx_lsn <= {{ mark }} then balance else 0 end) as amount
+        cast(
+            sum(case when is_current then balance else 0 end) - sum(case when tx_lsn <= {{ mark }} then balance else 0 end) as numeric(38, 2)
+        ) as amount
     from {{ ref('dim_accounts') }}
     where tx_lsn > {{ mark }} or closed_lsn > {{ mark }}
     group by account_id

@@ -56,10 +56,10 @@ const DOING: &str = "reconcile";
 const PAGE: usize = 1_000;
 
 /// Records of one table as the lake's commit records count them, by object.
-type Promised = BTreeMap<String, i64>;
+pub(super) type Promised = BTreeMap<String, i64>;
 
 /// The warehouse within one snapshot of it, with what the lake says beside it in temporary tables.
-pub(super) struct Warehouse<'a> {
+pub(super) struct Folded<'a> {
     connection: &'a mut PgConnection,
     room: Room,
     lsn: i64,
@@ -68,7 +68,7 @@ pub(super) struct Warehouse<'a> {
     promised: BTreeMap<&'static str, Promised>,
 }
 
-impl<'a> Warehouse<'a> {
+impl<'a> Folded<'a> {
     /// Reads the lake as far as it is loaded.
     pub(super) async fn open(connection: &'a mut PgConnection, room: &Room, mark: &Mark, store: &Store, topics: &Topics) -> Result<Self, Error> {
         let mut this = Self { connection, room: room.clone(), lsn: mark.lsn.0.cast_signed(), snapshot_lsn: -1, promised: BTreeMap::new() };
@@ -150,23 +150,11 @@ impl<'a> Warehouse<'a> {
 
     /// The objects whose rows are not what their commit record promised.
     async fn misloaded(&mut self, raw: &RawTable, objects: &str, promised: Promised) -> Result<String, Error> {
-        const SHOWN: usize = 5;
         let sql = format!(
             "select _object, count(*) from (select _object from {raw} union all select object from raw._rejected where landed and object like $1) held group by _object"
         );
         let rows = sqlx::query(AssertSqlSafe(sql)).bind(objects).fetch_all(&mut *self.connection).await.during(DOING)?;
-        let mut wrong: BTreeMap<String, (i64, i64)> = promised.into_iter().map(|(object, rows)| (object, (rows, 0))).collect();
-        for row in rows {
-            wrong.entry(row.get(0)).or_default().1 = row.get(1);
-        }
-        wrong.retain(|_, (promised, held)| promised != held);
-        let more = wrong.len().saturating_sub(SHOWN);
-        let mut sentences: Vec<String> =
-            wrong.into_iter().take(SHOWN).map(|(object, (promised, held))| format!("raw holds {held} of the {promised} records of {object}")).collect();
-        if more > 0 {
-            sentences.push(format!("and {more} more objects"));
-        }
-        Ok(sentences.join("; "))
+        Ok(misloaded(promised, rows.iter().map(|row| (row.get(0), row.get(1)))))
     }
 
     /// What a place holds, by ranges of `width` keys.
@@ -225,6 +213,23 @@ impl<'a> Warehouse<'a> {
         }
         Ok(postgres::cut(self.connection).await.during(DOING)?.map_or(-1, |cut| cut.lsn.0.cast_signed()))
     }
+}
+
+/// Which objects' rows are not what their commit record promised, by what raw holds of each.
+pub(super) fn misloaded(promised: Promised, held: impl Iterator<Item = (String, i64)>) -> String {
+    const SHOWN: usize = 5;
+    let mut wrong: BTreeMap<String, (i64, i64)> = promised.into_iter().map(|(object, rows)| (object, (rows, 0))).collect();
+    for (object, rows) in held {
+        wrong.entry(object).or_default().1 = rows;
+    }
+    wrong.retain(|_, (promised, held)| promised != held);
+    let more = wrong.len().saturating_sub(SHOWN);
+    let mut sentences: Vec<String> =
+        wrong.into_iter().take(SHOWN).map(|(object, (promised, held))| format!("raw holds {held} of the {promised} records of {object}")).collect();
+    if more > 0 {
+        sentences.push(format!("and {more} more objects"));
+    }
+    sentences.join("; ")
 }
 
 fn lake_table(name: &str) -> String {

@@ -36,6 +36,32 @@ struct Origin {
     lsn: i64,
 }
 
+/// What a record says that counts here.
+#[derive(Debug)]
+pub(super) struct Told {
+    pub(super) key: i64,
+    pub(super) op: String,
+    pub(super) xid: Option<i64>,
+    pub(super) lsn: i64,
+    pub(super) cents: i64,
+}
+
+/// A change; None where the record is none.
+pub(super) fn change(value: &str) -> Option<Told> {
+    let envelope = serde_json::from_str::<Envelope<'_>>(value).ok()?;
+    let image = (if envelope.op == "d" { envelope.before } else { envelope.after })?;
+    let cents = image.balance.or(image.amount).unwrap_or_default().cents();
+    Some(Told { key: image.id, op: envelope.op.into_owned(), xid: envelope.source.tx_id, lsn: envelope.source.lsn, cents })
+}
+
+/// The end of a transaction; its number is the key.
+pub(super) fn end(value: &str) -> Option<Told> {
+    let boundary = serde_json::from_str::<Boundary<'_>>(value).ok()?;
+    let (xid, lsn) = boundary.id.split_once(':').filter(|_| boundary.status == "END")?;
+    let (xid, lsn) = (xid.parse().ok()?, lsn.parse().ok()?);
+    Some(Told { key: xid, op: String::new(), xid: Some(xid), lsn, cents: 0 })
+}
+
 /// Changes as rows `(key, op, xid, lsn, cents)`. Tombstones and what is no change are left out; [`Encode`] of raw refuses or
 /// keeps the latter by its own rules, and then the two differ.
 #[derive(Debug, Clone, Copy)]
@@ -43,18 +69,16 @@ pub(super) struct Changes;
 
 impl Encode for Changes {
     fn encode(&self, _: &CommitRecord, batch: &RecordBatch, rows: &mut Rows) {
-        for value in lake::rows(batch).filter_map(|it| it.value) {
-            let Ok(envelope) = serde_json::from_str::<Envelope<'_>>(value) else { continue };
-            let Some(image) = (if envelope.op == "d" { envelope.before } else { envelope.after }) else { continue };
+        for told in lake::rows(batch).filter_map(|it| it.value).filter_map(change) {
             rows.begin(5);
-            rows.bigint(image.id);
-            rows.text(envelope.op.as_bytes());
-            match envelope.source.tx_id {
+            rows.bigint(told.key);
+            rows.text(told.op.as_bytes());
+            match told.xid {
                 Some(xid) => rows.bigint(xid),
                 None => rows.null(),
             }
-            rows.bigint(envelope.source.lsn);
-            rows.bigint(image.balance.or(image.amount).unwrap_or_default().cents());
+            rows.bigint(told.lsn);
+            rows.bigint(told.cents);
         }
     }
 }
@@ -74,13 +98,10 @@ pub(super) struct Ends;
 
 impl Encode for Ends {
     fn encode(&self, _: &CommitRecord, batch: &RecordBatch, rows: &mut Rows) {
-        for value in lake::rows(batch).filter_map(|it| it.value) {
-            let Ok(boundary) = serde_json::from_str::<Boundary<'_>>(value) else { continue };
-            let Some((xid, lsn)) = boundary.id.split_once(':').filter(|_| boundary.status == "END") else { continue };
-            let (Ok(xid), Ok(lsn)) = (xid.parse(), lsn.parse()) else { continue };
+        for told in lake::rows(batch).filter_map(|it| it.value).filter_map(end) {
             rows.begin(2);
-            rows.bigint(xid);
-            rows.bigint(lsn);
+            rows.bigint(told.key);
+            rows.bigint(told.lsn);
         }
     }
 }

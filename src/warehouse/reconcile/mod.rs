@@ -19,7 +19,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection};
 
-use super::{Error, While, postgres, postgres::Postgres};
+use super::{Error, Warehouse, While, postgres, postgres::Postgres};
 use crate::{
     change::{BOUNDARIES, Topics},
     lake::Store,
@@ -30,10 +30,12 @@ use crate::{
 mod compare;
 mod fold;
 mod lake_events;
+#[cfg(feature = "snowflake")]
+mod on_snowflake;
 mod source;
 
 use compare::{Held, Ranges};
-use fold::{Place, Warehouse};
+use fold::{Folded, Place};
 pub use source::{Mark, Marked, mark};
 
 /// Ranges of keys a table is compared in. More find a difference in fewer steps; each is a row to carry and to keep.
@@ -127,12 +129,84 @@ const TABLES: [BankTable; 4] = [
 /// `source` is asked again only where the lake differs from the mark, to name the keys.
 ///
 /// Fails with [`Error::StaleMark`] where the mark is older than the initial snapshot: nobody knows that state; take a new one.
-pub async fn settle(mark: &Mark, source: &Secret, store: &Store, warehouse: &Postgres, topics: &Topics, drained: bool) -> Result<Report, Error> {
-    let mut session = warehouse.session().await?;
-    // One snapshot of the warehouse for everything that follows; temporary tables end with it.
-    let mut transaction = session.begin_with("begin isolation level repeatable read").await.during("begin a reconciliation")?;
-    let covered = drained || reached(&mut transaction, mark).await?;
-    let mut places = Warehouse::open(&mut transaction, warehouse.room(), mark, store, topics).await?;
+pub async fn settle(mark: &Mark, source: &Secret, store: &Store, warehouse: &Warehouse, topics: &Topics, drained: bool) -> Result<Report, Error> {
+    match warehouse {
+        Warehouse::Postgres(postgres) => {
+            let mut session = postgres.session().await?;
+            // One snapshot of the warehouse for everything that follows; temporary tables end with it.
+            let mut transaction = session.begin_with("begin isolation level repeatable read").await.during("begin a reconciliation")?;
+            let covered = drained || reached(&mut transaction, mark).await?;
+            let places = Folded::open(&mut transaction, postgres.room(), mark, store, topics).await?;
+            let (checks, _) = compare_all(Places::Postgres(places), source, mark).await?;
+            Ok(Report { ok: checks.iter().all(|it| it.ok), covered, checks })
+        }
+        #[cfg(feature = "snowflake")]
+        Warehouse::Snowflake(snowflake) => Box::pin(settle_snowflake(mark, source, store, snowflake, topics, drained)).await,
+    }
+}
+
+/// Times a comparison is made again because dbt wrote meanwhile.
+#[cfg(feature = "snowflake")]
+const AGAIN: usize = 3;
+
+#[cfg(feature = "snowflake")]
+async fn settle_snowflake(
+    mark: &Mark,
+    source: &Secret,
+    store: &Store,
+    warehouse: &super::snowflake::Snowflake,
+    topics: &Topics,
+    drained: bool,
+) -> Result<Report, Error> {
+    for _ in 0..AGAIN {
+        let covered = drained || on_snowflake::reached(warehouse, mark).await?;
+        let places = on_snowflake::Folded::open(warehouse, mark, store, topics).await?;
+        let (checks, places) = compare_all(Places::Snowflake(Box::new(places)), source, mark).await?;
+        let Places::Snowflake(places) = places else { break };
+        if places.stood_still().await? {
+            return Ok(Report { ok: checks.iter().all(|it| it.ok), covered, checks });
+        }
+    }
+    Err(Error::Moved)
+}
+
+/// A warehouse that can be looked at place by place.
+enum Places<'a> {
+    Postgres(Folded<'a>),
+    #[cfg(feature = "snowflake")]
+    Snowflake(Box<on_snowflake::Folded<'a>>),
+}
+
+impl Places<'_> {
+    /// All records of the lake's objects, as far as loaded, are in raw or were refused by it.
+    async fn records(&mut self, table: &'static str) -> Result<Check, Error> {
+        match self {
+            Self::Postgres(folded) => folded.records(table).await,
+            #[cfg(feature = "snowflake")]
+            Self::Snowflake(folded) => folded.records(table).await,
+        }
+    }
+
+    /// What a place holds, by ranges of `width` keys.
+    async fn ranges(&mut self, table: &BankTable, place: Place, width: i64) -> Result<Ranges, Error> {
+        match self {
+            Self::Postgres(folded) => folded.ranges(table, place, width).await,
+            #[cfg(feature = "snowflake")]
+            Self::Snowflake(folded) => folded.ranges(table, place, width).await,
+        }
+    }
+
+    /// What a place holds under these keys.
+    async fn keys(&mut self, table: &BankTable, place: Place, keys: std::ops::RangeInclusive<i64>) -> Result<compare::Keys, Error> {
+        match self {
+            Self::Postgres(folded) => folded.keys(table, place, keys).await,
+            #[cfg(feature = "snowflake")]
+            Self::Snowflake(folded) => folded.keys(table, place, keys).await,
+        }
+    }
+}
+
+async fn compare_all<'a>(mut places: Places<'a>, source: &Secret, mark: &Mark) -> Result<(Vec<Check>, Places<'a>), Error> {
     let mut checks = Vec::new();
     for table in BANK_AND_BOUNDARIES {
         checks.push(places.records(table).await?);
@@ -140,13 +214,21 @@ pub async fn settle(mark: &Mark, source: &Secret, store: &Store, warehouse: &Pos
     for (table, marked) in TABLES.iter().zip(&mark.tables) {
         checks.extend(compare_table(&mut places, table, marked, source, mark).await?);
     }
-    Ok(Report { ok: checks.iter().all(|it| it.ok), covered, checks })
+    Ok((checks, places))
 }
 
 /// Whether the cut, and every staging model behind it, has reached the mark: all that its snapshot sees was committed before its
 /// position in the WAL.
-pub async fn is_covered(mark: &Mark, warehouse: &Postgres) -> Result<bool, Error> {
-    let mut connection = warehouse.pool().acquire().await.during("read the cut")?;
+pub async fn is_covered(mark: &Mark, warehouse: &Warehouse) -> Result<bool, Error> {
+    match warehouse {
+        Warehouse::Postgres(postgres) => reached_in(postgres, mark).await,
+        #[cfg(feature = "snowflake")]
+        Warehouse::Snowflake(snowflake) => Box::pin(on_snowflake::reached(snowflake, mark)).await,
+    }
+}
+
+async fn reached_in(postgres: &Postgres, mark: &Mark) -> Result<bool, Error> {
+    let mut connection = postgres.pool().acquire().await.during("read the cut")?;
     reached(&mut connection, mark).await
 }
 
@@ -171,7 +253,7 @@ async fn reached(connection: &mut PgConnection, mark: &Mark) -> Result<bool, Err
 
 const BANK_AND_BOUNDARIES: [&str; 5] = [TABLES[0].name, TABLES[1].name, TABLES[2].name, TABLES[3].name, BOUNDARIES];
 
-async fn compare_table(places: &mut Warehouse<'_>, table: &BankTable, marked: &Marked, source: &Secret, mark: &Mark) -> Result<Vec<Check>, Error> {
+async fn compare_table(places: &mut Places<'_>, table: &BankTable, marked: &Marked, source: &Secret, mark: &Mark) -> Result<Vec<Check>, Error> {
     let width = marked.width;
     let lake = places.ranges(table, Place::Lake, width).await?;
     let raw = places.ranges(table, Place::Raw, width).await?;

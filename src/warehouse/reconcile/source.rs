@@ -43,7 +43,7 @@ pub struct Marked {
 pub struct Snapshot {
     pub(super) xmin: u64,
     pub(super) xmax: u64,
-    running: BTreeSet<u64>,
+    pub(super) running: BTreeSet<u64>,
 }
 
 impl Snapshot {

@@ -121,11 +121,16 @@ impl Bank {
         said.extend(again);
     }
 
-    /// Lands what has been said since, loads it, and does dbt's part.
-    pub(super) async fn arrive(&mut self, ground: &Ground) {
+    /// Lands what has been said since.
+    pub(super) async fn land(&mut self, ground: &Ground) {
         for (topic, values) in std::mem::take(&mut self.said) {
             ground.land(&topic, 0, &values).await;
         }
+    }
+
+    /// Lands what has been said since, loads it, and does dbt's part.
+    pub(super) async fn arrive(&mut self, ground: &Ground) {
+        self.land(ground).await;
         ground.load_all().await;
         ground.database.run(&models()).await;
     }
@@ -133,7 +138,7 @@ impl Bank {
 
 /// dbt's part in the plainest SQL: all that is in raw, in the tables and columns that dbt makes. The real models have their own
 /// tests; here they only have to be right.
-fn models() -> String {
+pub(super) fn models() -> String {
     let tables = [
         ("customers", "customer", "dim_customers", "first_name, last_name"),
         ("accounts", "account", "dim_accounts", "customer_id, account_type, balance"),

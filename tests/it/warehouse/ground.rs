@@ -15,7 +15,7 @@ use ledgerline::{
     },
     secret::Secret,
     stream::{Lane, records::Records},
-    warehouse::{load, postgres::Postgres},
+    warehouse::{Warehouse, load},
 };
 use sqlx::{AssertSqlSafe, PgPool};
 
@@ -58,7 +58,7 @@ impl Database {
 /// A warehouse and the lake it is loaded from.
 pub(super) struct Ground {
     pub(super) database: Database,
-    pub(super) warehouse: Postgres,
+    pub(super) warehouse: Warehouse,
     pub(super) store: Store,
     pub(super) topics: Topics,
     _lake: Lake,
@@ -67,7 +67,12 @@ pub(super) struct Ground {
 impl Ground {
     pub(super) async fn new() -> Self {
         let database = Database::create().await;
-        let warehouse = Postgres::connect(&database.url).await.expect("connects");
+        let warehouse = Warehouse::connect(&database.url.clone().into()).await.expect("connects");
+        Self::of(database, warehouse).await
+    }
+
+    /// The same lake before another warehouse; the database is the bank's.
+    pub(super) async fn of(database: Database, warehouse: Warehouse) -> Self {
         warehouse.prepare().await.expect("prepares");
         let lake = Lake::open().await;
         let store = Store::connect(&lake.access).await.expect("the lake answers");

@@ -6,7 +6,7 @@ use ledgerline::{
     change::Lsn,
     fault::{Diagnose, Fault},
     lake,
-    warehouse::{Cut, Error, load, postgres::SnapshotEnds},
+    warehouse::{Cut, Error, SnapshotEnds, load},
 };
 use sqlx::Row;
 
