@@ -199,12 +199,12 @@ fn models_of_snowflake() -> Vec<String> {
 
 #[tokio::test]
 async fn postgres_loads_each_object_once() {
-    loads_each_object_once(Ground::new().await).await;
+    Box::pin(loads_each_object_once(Ground::new().await)).await;
 }
 
 #[tokio::test]
 async fn postgres_counts_the_money_of_the_source() {
-    counts_the_money_of_the_source(Ground::new().await).await;
+    Box::pin(counts_the_money_of_the_source(Ground::new().await)).await;
 }
 
 #[cfg(feature = "stack")]
