@@ -27,7 +27,9 @@ FAILING_ROWS_MAX = 10
 # A cell is for recognising a row, not for reading it.
 CELL_CHARS_MAX = 200
 # How long dbt may take to cancel its queries once nobody listens any more.
-LAST_WORDS_SECONDS = 3.0
+LAST_WORDS_SECONDS = 10.0
+# An interruption is lost where Python may not raise, in a destructor for one. dbt is told again if it has not ended by then.
+TELL_AGAIN_SECONDS = 4.0
 
 # The channel is ours alone: whatever prints to stdout from here on prints to stderr.
 channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -61,17 +63,24 @@ class Requests(threading.Thread):
             if "cancel" in request:
                 with self.lock:
                     if self.running == request["cancel"]:
-                        os.kill(os.getpid(), signal.SIGINT)
+                        threading.Thread(target=self.interrupt, args=[self.running], daemon=True).start()
                     else:
                         self.cancelled.add(request["cancel"])
             else:
                 self.waiting.put(request)
-        with self.lock:
-            if self.running is None:
-                os._exit(0)
-            os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(LAST_WORDS_SECONDS)
+        threading.Thread(target=self.interrupt, args=[self.running], daemon=True).start()
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while self.running is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
         os._exit(0)
+
+    def interrupt(self, request):
+        while True:
+            with self.lock:
+                if request is None or self.running != request:
+                    return
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(TELL_AGAIN_SECONDS)
 
     def begin(self, request):
         with self.lock:

@@ -20,7 +20,7 @@ fn a_mistake_in_flags_or_arguments_is_told_with_its_remedy() {
         (&["dag", "retry", "nightly", "load_accounts"], 2, &["MinIO_S3_to_Snowflake"]),
         (&["--config", "missing.toml", "kpi"], 2, &["missing.toml", "--config"]),
         (&["--profile", "moon", "kpi"], 2, &["moon", "known: "]),
-        (&["attach"], 3, &["no pipeline runs", "ledgerline run"]),
+        (&["attach"], 2, &["needs a terminal", "ledgerline dag runs"]),
         (&["run", "--no-tui", "--once", "--summary", "no/such/folder/s.json", "--transactions", "1"], 2, &["--summary"]),
     ];
     for (arguments, code, words) in mistakes {
