@@ -237,11 +237,11 @@ mod double {
 
     #[tokio::test]
     async fn snowflake_loads_each_object_once() {
-        loads_each_object_once(ground().await).await;
+        Box::pin(loads_each_object_once(ground().await)).await;
     }
 
     #[tokio::test]
     async fn snowflake_counts_the_money_of_the_source() {
-        counts_the_money_of_the_source(ground().await).await;
+        Box::pin(counts_the_money_of_the_source(ground().await)).await;
     }
 }
