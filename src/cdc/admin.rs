@@ -8,13 +8,12 @@ use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use super::{
     Config, Engine, debezium,
     error::Error,
-    prepare,
     progress::{Progress, Store},
     slot::{self, Slot},
     source::{self, Source, quoted},
     stats::{Connector, SlotHealth},
 };
-use crate::{change::Lsn, secret::Secret, stream};
+use crate::{change::Lsn, secret::Secret};
 
 /// The slot is a responsibility: what it holds back on the source, and how far its reader is.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -64,7 +63,7 @@ pub struct Removal {
     pub wal_freed_bytes: u64,
 }
 
-/// What [`apply`] made, or would make.
+/// What [`super::apply`] made, or would make.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Applied {
     pub engine: Engine,
@@ -103,19 +102,6 @@ impl Applied {
         let made = matches!(self.slot_step, SlotStep::Made { .. });
         !(self.publication_created || made) && self.tables_added.is_empty() && self.topics_created.is_empty()
     }
-}
-
-/// Brings publication, slot and topics to what the configuration says, without starting to stream; the same checks as a start.
-/// What is there already stays as it is, so a second call changes nothing. With `dry_run` only says what it would do.
-pub async fn apply(
-    source: &Secret,
-    state: &Secret,
-    bootstrap_servers: &str,
-    stream: &stream::Config,
-    config: &Config,
-    dry_run: bool,
-) -> Result<Applied, Error> {
-    prepare::apply(source, state, bootstrap_servers, stream, config, dry_run).await
 }
 
 /// Reads how the capture stands from the source and the state database.

@@ -27,6 +27,7 @@ mod json;
 mod ledger;
 mod moments;
 mod native;
+mod patience;
 mod pgoutput;
 mod prepare;
 mod progress;
@@ -41,8 +42,9 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    admin::{Applied, Removal, SlotStep, SnapshotState, Standing, apply, has_slot, remove, standing},
+    admin::{Applied, Removal, SlotStep, SnapshotState, Standing, has_slot, remove, standing},
     error::{Error, Poison},
+    prepare::apply,
     progress::{LaneEnd, SnapshotEnds, snapshot_ends},
     source::wal_position,
     stats::{Connector, ConnectorTask, Latency, SlotHealth, SnapshotProgress, Stats, Step, TableStats},

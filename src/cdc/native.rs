@@ -12,10 +12,9 @@ use std::{
 use futures_util::FutureExt as _;
 use tokio::{
     sync::{oneshot, watch},
-    task::JoinHandle,
     time::Interval,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
     Config, SnapshotMode, catalog,
@@ -23,6 +22,7 @@ use super::{
     error::Error,
     health::{self, Health},
     heartbeat::{self, Memory, Position},
+    patience::Patience,
     prepare,
     progress::{LaneEnd, Store},
     sending::Flow,
@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     change::{Lsn, TableId, Topics},
-    fault::{Backoff, Diagnose as _, Fault, chain},
+    fault::chain,
     secret::Secret,
     stage::{Control, Phase},
     stream::{self, producer::Producer, topics},
@@ -97,21 +97,10 @@ pub(super) async fn run(
 }
 
 async fn until_stopped(capture: &mut Capture, control: &mut Control<Stats>) -> Result<(), Error> {
-    let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
+    let mut patience = Patience::new(RETRY_FIRST, RETRY_MAX);
     loop {
-        let streamed_before = std::mem::take(&mut capture.streamed);
-        let error = match capture.session(control).await {
-            Ok(()) => return Ok(()),
-            Err(error) => error,
-        };
-        if capture.streamed {
-            backoff.reset();
-        }
-        capture.streamed |= streamed_before;
-        if !capture.streamed || error.fault() != Fault::Transient {
-            return Err(error);
-        }
-        let delay = backoff.delay();
+        let Err(error) = capture.session(control).await else { return Ok(()) };
+        let Some(delay) = patience.after(std::mem::take(&mut capture.streamed), &error) else { return Err(error) };
         tracing::warn!(error = chain(&error), ?delay, "the capture was interrupted, trying again");
         capture.stats.reconnects += 1;
         capture.tell(control, Step::Connecting, Some(chain(&error)));
@@ -129,7 +118,7 @@ struct Capture {
     stream: stream::Config,
     topics: Topics,
     config: Config,
-    /// Whether the stream has flowed since the start.
+    /// Whether the stream flows, or flowed when the session broke.
     streamed: bool,
     stats: Stats,
 }
@@ -139,16 +128,7 @@ struct Open {
     client: Replication,
     streaming: Streaming,
     health: watch::Receiver<Option<Health>>,
-    _watching: Watching,
-}
-
-/// Ends the health task when the session ends.
-struct Watching(JoinHandle<()>);
-
-impl Drop for Watching {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
+    _watching: AbortOnDropHandle<()>,
 }
 
 impl Capture {
@@ -209,8 +189,8 @@ impl Capture {
             last_commit,
         };
         let (seen, health) = watch::channel(None);
-        let watching = tokio::spawn(health::watch(self.source.clone(), name, self.config.publication.clone(), seen));
-        Ok(Open { client, streaming: Streaming::new(setup, envelope, producer, control.stop.clone()), health, _watching: Watching(watching) })
+        let watching = AbortOnDropHandle::new(tokio::spawn(health::watch(self.source.clone(), name, self.config.publication.clone(), seen)));
+        Ok(Open { client, streaming: Streaming::new(setup, envelope, producer, control.stop.clone()), health, _watching: watching })
     }
 
     /// Asks the heartbeat topic whether the slot stands where we left it; the commit before its position.

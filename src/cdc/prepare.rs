@@ -98,8 +98,9 @@ pub(super) async fn make_slot(store: &mut Store, source: &Source, config: &Confi
     Ok(made)
 }
 
-/// Everything but the streaming. See [`super::apply`].
-pub(super) async fn apply(
+/// Brings publication, slot and topics to what the configuration says, without starting to stream; the same checks as a start.
+/// What is there already stays as it is, so a second call changes nothing. With `dry_run` only says what it would do.
+pub async fn apply(
     source: &Secret,
     state: &Secret,
     bootstrap_servers: &str,

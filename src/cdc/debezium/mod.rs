@@ -23,12 +23,13 @@ use self::rest::{Part, Rest, Status};
 use super::{
     Config, SnapshotMode,
     error::Error,
+    patience::Patience,
     source::Source,
     stats::{Connector, ConnectorTask, Stats, Step},
 };
 use crate::{
     change::{Lsn, Topics},
-    fault::{Backoff, Diagnose as _, Fault, chain},
+    fault::chain,
     latency::Histogram,
     secret::Secret,
     stage::Control,
@@ -61,19 +62,10 @@ pub(super) async fn run(
         latency: Histogram::default(),
         stats: control.stats.borrow().clone(),
     };
-    let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
+    let mut patience = Patience::new(RETRY_FIRST, RETRY_MAX);
     loop {
-        let watched_before = std::mem::take(&mut capture.watched);
         let Err(error) = capture.session(&mut control).await else { return Ok(()) };
-        if capture.watched {
-            backoff.reset();
-        }
-        capture.watched |= watched_before;
-        // The first registration must succeed, so that a wrong address is told at the start.
-        if !capture.watched || error.fault() != Fault::Transient {
-            return Err(error);
-        }
-        let delay = backoff.delay();
+        let Some(delay) = patience.after(std::mem::take(&mut capture.watched), &error) else { return Err(error) };
         tracing::warn!(error = chain(&error), ?delay, "the connector is not looked after, trying again");
         capture.stats.reconnects += 1;
         capture.tell(&control, Step::Connecting, Some(chain(&error)));
@@ -92,7 +84,7 @@ struct Capture {
     stream: stream::Config,
     topics: Topics,
     config: Config,
-    /// Whether the connector was registered and watched since the start.
+    /// Whether the connector is registered and watched, or was when the session broke.
     watched: bool,
     /// Up to here commits are counted; what comes again is not.
     last_end: Lsn,

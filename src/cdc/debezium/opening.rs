@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use sqlx::PgConnection;
 use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     Capture,
@@ -11,7 +12,7 @@ use super::{
     reading::{self, Told},
     rest::Settings,
     settings,
-    watching::{self, Seen, Task},
+    watching::{self, Seen},
 };
 use crate::{
     cdc::{
@@ -37,7 +38,7 @@ pub(super) struct Open {
     pub(super) tables: BTreeSet<TableId>,
     /// The snapshot while it is not finished.
     pub(super) snapshot: Option<Reading>,
-    _tasks: [Task; 2],
+    _tasks: [AbortOnDropHandle<()>; 2],
 }
 
 /// A snapshot on its way.
@@ -103,8 +104,9 @@ impl Capture {
     fn watch(&self, follower: Follower<Told>, asking: topics::Topics, tables: BTreeSet<TableId>, snapshot: Option<Reading>) -> Open {
         let (health_in, health) = watch::channel(None);
         let (seen_in, seen) = watch::channel(None);
-        let looking = Task::spawn(health::watch(self.source.clone(), self.config.slot.clone(), self.config.publication.clone(), health_in));
-        let asking_connect = Task::spawn(watching::watch(self.rest.clone(), self.name().to_owned(), seen_in));
+        let looking =
+            AbortOnDropHandle::new(tokio::spawn(health::watch(self.source.clone(), self.config.slot.clone(), self.config.publication.clone(), health_in)));
+        let asking_connect = AbortOnDropHandle::new(tokio::spawn(watching::watch(self.rest.clone(), self.name().to_owned(), seen_in)));
         Open { follower, health, seen, asking, tables, snapshot, _tasks: [looking, asking_connect] }
     }
 

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     Capture, connector_of,
@@ -12,7 +13,7 @@ use super::{
     reading::{self, End, Told},
     rest::{Offset, Status},
     settings,
-    watching::{Seen, Task},
+    watching::Seen,
 };
 use crate::{
     cdc::{
@@ -63,7 +64,7 @@ struct Watch {
     heartbeat_seen: Instant,
     end_seen: Instant,
     nudged: Instant,
-    nudging: Option<Task>,
+    nudging: Option<AbortOnDropHandle<()>>,
 }
 
 impl Watch {
@@ -205,7 +206,7 @@ impl Capture {
         }
         watch.nudged = Instant::now();
         let source = self.source.clone();
-        watch.nudging = Some(Task::spawn(async move {
+        watch.nudging = Some(AbortOnDropHandle::new(tokio::spawn(async move {
             let nudged = async {
                 let mut connection = source.connect().await?;
                 let statement = sqlx::raw_sql(sqlx::AssertSqlSafe(settings::heartbeat_statement()));
@@ -214,7 +215,7 @@ impl Capture {
             if let Err(error) = nudged.await {
                 tracing::debug!(%error, "the slot was not helped on");
             }
-        }));
+        })));
     }
 
     /// What Connect says.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::{sync::watch, task::JoinHandle};
+use tokio::sync::watch;
 
 use super::rest::{Offset, Rest, Status};
 use crate::{cdc::error::Error, fault::chain};
@@ -16,21 +16,6 @@ pub(super) enum Seen {
     Answered { status: Option<Status>, offset: Option<Offset> },
     /// It did not, and why.
     Away(String),
-}
-
-/// A task that ends when it is dropped.
-pub(super) struct Task(JoinHandle<()>);
-
-impl Task {
-    pub(super) fn spawn(work: impl Future<Output = ()> + Send + 'static) -> Self {
-        Self(tokio::spawn(work))
-    }
-}
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }
 
 /// Samples until the receiver is gone.
