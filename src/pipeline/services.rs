@@ -395,7 +395,8 @@ fn external_snowflake(loaded: &Loaded) -> Result<warehouse::Access, Error> {
         "" => None,
         endpoint => Some(Url::parse(endpoint).map_err(|error| Error::Address { key: "warehouse.endpoint", why: error.to_string() })?),
     };
-    let access = warehouse::Access { url: Secret::new(&config.url), endpoint, private_key: loaded.secrets.warehouse_private_key.clone() };
+    let stage = Some(config.stage.clone()).filter(|it| !it.is_empty());
+    let access = warehouse::Access { url: Secret::new(&config.url), endpoint, private_key: loaded.secrets.warehouse_private_key.clone(), stage };
     warehouse::snowflake::Settings::new(&access)?;
     Ok(access)
 }

@@ -36,13 +36,14 @@ pub(crate) struct Stack(HashMap<String, String>);
 /// None: the tests are on our own servers. The first to ask brings the real ones up.
 pub(crate) fn stack() -> Option<&'static Stack> {
     static STACK: OnceLock<Stack> = OnceLock::new();
-    cfg!(feature = "stack").then(|| STACK.get_or_init(Stack::up))
+    cfg!(feature = "stack").then(|| STACK.get_or_init(|| Stack::of(&["postgres", "kafka", "minio"])))
 }
 
 impl Stack {
-    fn up() -> Self {
+    /// Some of the servers, up; what runs already is left alone.
+    pub(crate) fn of(parts: &[&str]) -> Self {
         let up = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/stack/up");
-        let output = Command::new(up).args(["postgres", "kafka", "minio"]).stdin(Stdio::null()).stderr(Stdio::inherit()).output().expect("tests/stack/up runs");
+        let output = Command::new(up).args(parts).stdin(Stdio::null()).stderr(Stdio::inherit()).output().expect("tests/stack/up runs");
         assert!(output.status.success(), "tests/stack/up ended with {}", output.status);
         let printed = String::from_utf8(output.stdout).expect("text");
         let export = |line: &str| {
