@@ -262,8 +262,7 @@ impl Services {
         let config = &loaded.config;
         let postgres_embedded = needs.postgres && [&config.source.url, &config.warehouse.url, &config.state.url].into_iter().any(|it| it == EMBEDDED);
         if postgres_embedded || needs.dbt {
-            let on_snowflake = needs.dbt && warehouse::is_snowflake(&config.warehouse.url);
-            let venv = if on_snowflake { python::Venv::ensure_for_snowflake(progress).await? } else { python::Venv::ensure(progress).await? };
+            let venv = python::Venv::ensure(progress).await?;
             self.addresses.python = Some(venv.python().to_owned());
             if postgres_embedded {
                 let config = postgres::Config {

@@ -100,6 +100,11 @@ def comments():
     fakesnow.info_schema.insert_table_comment_sql = mended
 
 
+def administration():
+    """There is nobody to create and nothing to grant: what an administrator says is taken and forgotten."""
+    fakesnow.server.shared_fs.nop_regexes = [r"^\s*(create|alter)\s+(warehouse|user|role)\b", r"^\s*grant\s", r"^\s*use\s+role\b"]
+
+
 def file_names():
     """METADATA$FILENAME in a COPY's transformation: the file's path in its bucket."""
     original = fakesnow.copy_into._inserts
@@ -244,7 +249,7 @@ class Mended:
 
 
 def main():
-    for mend in (external_stages, null_timestamps, statements, merge, comments, file_names):
+    for mend in (external_stages, null_timestamps, statements, merge, comments, administration, file_names):
         mend()
     uvicorn.run(Mended(fakesnow.server.app), host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
 

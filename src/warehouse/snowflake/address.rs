@@ -118,7 +118,7 @@ fn base(account: &str, endpoint: Option<&Url>) -> Result<Url, Error> {
 /// The text of the key, or of the file it names.
 fn private_key(given: Option<&Secret>) -> Result<Secret, Error> {
     const BEGINS: &str = "-----BEGIN ";
-    let given = given.ok_or(Error::NoKey)?;
+    let given = given.filter(|it| !it.reveal().trim().is_empty()).ok_or(Error::NoKey)?;
     // In an environment file a PEM stands on one line.
     let text = given.reveal().replace("\\n", "\n");
     let text = if text.trim_start().starts_with(BEGINS) {
@@ -188,6 +188,7 @@ mod tests {
             stage: None,
         };
         assert!(matches!(Settings::new(&access(None)), Err(Error::NoKey)));
+        assert!(matches!(Settings::new(&access(Some(""))), Err(Error::NoKey)));
         assert!(matches!(Settings::new(&access(Some("/there/is/none"))), Err(Error::KeyFile(_))));
         let kinds = [("ENCRYPTED PRIVATE KEY", "passphrase"), ("RSA PRIVATE KEY", "PKCS#1"), ("PUBLIC KEY", "public half"), ("EC PRIVATE KEY", "another kind")];
         for (kind, says) in kinds {
