@@ -18,7 +18,6 @@ import sys
 import urllib.parse
 
 import psycopg2
-import snowflake_account
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRANSFORMATION = "DBT_Bank_Data_Transformation_Pipeline"
@@ -39,6 +38,8 @@ def on_snowflake():
 
 
 def snowflake_environment():
+    import snowflake_account
+
     place = snowflake_account.address()
     names = ("account", "host", "port", "protocol", "user", "database", "role", "warehouse")
     return {f"LEDGERLINE_DBT_{name.upper()}": str(place[name]) for name in names} | {
@@ -73,6 +74,9 @@ def dbt(command, out, *arguments):
 
 def is_loaded():
     if on_snowflake():
+        # Of its adapter's environment only.
+        import snowflake_account
+
         with snowflake_account.connect(snowflake_account.address()) as session, session.cursor() as cursor:
             cursor.execute("select count(*) from information_schema.tables where upper(table_schema) = 'RAW' and upper(table_name) = 'TRANSACTIONS'")
             return cursor.fetchone()[0] > 0

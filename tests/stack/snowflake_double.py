@@ -15,6 +15,7 @@ import re
 import sys
 import urllib.parse
 
+import duckdb
 import fakesnow.arrow
 import fakesnow.copy_into
 import fakesnow.cursor
@@ -23,6 +24,7 @@ import fakesnow.server
 import fakesnow.transforms
 import pyarrow
 import s3fs
+import snowflake.connector.errors
 import uvicorn
 from sqlglot import exp
 
@@ -118,6 +120,21 @@ def file_names():
         return inserts
 
     fakesnow.copy_into._inserts = mended
+
+
+def no_json():
+    """What is no JSON is an error about a value, not one of the server's."""
+    original = fakesnow.cursor.copy_into
+
+    def mended(*arguments, **named):
+        try:
+            return original(*arguments, **named)
+        except duckdb.InvalidInputException as error:
+            if "Malformed JSON" not in str(error):
+                raise
+            raise snowflake.connector.errors.ProgrammingError(msg="Error parsing JSON: '…'", errno=100069, sqlstate="22P02") from None
+
+    fakesnow.cursor.copy_into = mended
 
 
 def completed(path, answer):
@@ -249,7 +266,7 @@ class Mended:
 
 
 def main():
-    for mend in (external_stages, null_timestamps, statements, merge, comments, administration, file_names):
+    for mend in (external_stages, null_timestamps, statements, merge, comments, administration, file_names, no_json):
         mend()
     uvicorn.run(Mended(fakesnow.server.app), host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
 

@@ -115,12 +115,12 @@ mod double {
 
     use super::*;
 
-    async fn lake_as_a_stage(ground: &Ground) {
+    async fn bucket_as_a_stage(ground: &Ground, bucket: &str) {
         let lake = &ground.lake.access;
         let endpoint = lake.endpoint.as_ref().map(|it| it.as_str().trim_start_matches("http://").trim_end_matches('/').to_owned()).expect("it has an address");
-        let (bucket, id, secret) = (&lake.bucket, &lake.access_key_id, lake.secret_access_key.reveal());
+        let (id, secret) = (&lake.access_key_id, lake.secret_access_key.reveal());
         let sql = format!(
-            "create stage raw.lake url = 's3compat://{bucket}/' endpoint = '{endpoint}' credentials = (aws_key_id = '{id}' aws_secret_key = '{secret}')"
+            "create or replace stage raw.lake url = 's3compat://{bucket}/' endpoint = '{endpoint}' credentials = (aws_key_id = '{id}' aws_secret_key = '{secret}')"
         );
         rows(ground, &sql).await;
     }
@@ -135,18 +135,18 @@ mod double {
         let mut place = Place::new().await;
         place.access.stage = Some("lake".to_owned());
         let ground = Box::pin(place.ground()).await;
-        lake_as_a_stage(&ground).await;
+        bucket_as_a_stage(&ground, &ground.lake.access.bucket).await;
         let copied = ground.land(CUSTOMERS, 0, &envelopes(1..6)).await;
         assert_eq!(ground.load("customers").await.rows, 5);
         assert_eq!(number(&ground, &format!("select count(*) from raw.customers where _object = '{}' and _offset < 5", copied.data)).await, 5);
         assert_eq!(number(&ground, "select max(_partition) from raw.customers").await, 0);
         // From there, and from nowhere else.
         ground.land(CUSTOMERS, 0, &envelopes(6..8)).await;
-        rows(&ground, "drop stage raw.lake").await;
+        bucket_as_a_stage(&ground, "another").await;
         let loading = load::load(&ground.store, &ground.warehouse, &ground.topics, "customers", |_| {});
-        assert!(Box::pin(loading).await.is_err(), "its stage is gone");
+        assert!(Box::pin(loading).await.is_err(), "there is no such object");
         assert_eq!(number(&ground, "select count(*) from raw.customers").await, 5, "and nothing of it is loaded");
-        lake_as_a_stage(&ground).await;
+        bucket_as_a_stage(&ground, &ground.lake.access.bucket).await;
         assert_eq!(ground.load("customers").await.rows, 2);
         ground.end().await;
     }
@@ -157,7 +157,7 @@ mod double {
         let mut place = Place::new().await;
         place.access.stage = Some("lake".to_owned());
         let ground = Box::pin(place.ground()).await;
-        lake_as_a_stage(&ground).await;
+        bucket_as_a_stage(&ground, &ground.lake.access.bucket).await;
         Box::pin(loads_each_object_once(ground)).await;
     }
 
