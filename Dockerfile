@@ -3,7 +3,7 @@
 
 FROM rust:1.95.0-bookworm AS build
 # Cargo features to switch on, separated by commas.
-ARG FEATURES=""
+ARG FEATURES="snowflake,tls"
 WORKDIR /src
 COPY . .
 # Downloads and compiled dependencies stay in the builder's cache; only the binary becomes a layer.

@@ -202,7 +202,11 @@ impl Sink {
     fn take(&mut self, event: Event) {
         match event {
             Event::Records { lane, start, records } => self.push(&lane, start, *records),
-            Event::Assigned(lanes) => lanes.into_iter().for_each(|it| self.search(it)),
+            Event::Assigned(lanes) => {
+                let held_before = self.lanes.len();
+                info!(lanes = lanes.len(), held_before, "lanes assigned");
+                lanes.into_iter().for_each(|it| self.search(it));
+            }
             Event::Revoked(lanes) => {
                 info!(lanes = lanes.len(), "lanes revoked");
                 lanes.iter().for_each(|it| self.lose(it));

@@ -15,7 +15,7 @@ use rdkafka::{
     ClientConfig, ClientContext,
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, Consumer as _, ConsumerContext},
-    error::{KafkaError, RDKafkaErrorCode},
+    error::KafkaError,
 };
 
 use super::Config;
@@ -243,36 +243,33 @@ impl Diagnose for Refusal {
 }
 
 impl Refusal {
-    /// What an error that Kafka's client reports says about our sign-in; None where it is about something else.
-    pub fn of(error: &KafkaError, reason: &str) -> Option<Self> {
-        let code = error.rdkafka_error_code()?;
-        let has = |text: &str| reason.contains(text);
-        let (remedy, is_certain) = match code {
-            RDKafkaErrorCode::Authentication if has("mechanism handshake failed") => ("set stream.sasl_mechanism to one that the broker supports", true),
-            RDKafkaErrorCode::Authentication => ("correct stream.sasl_username, and LEDGERLINE__STREAM__SASL_PASSWORD in the environment", true),
-            RDKafkaErrorCode::SSL if has("certificate verify failed") || has("could not be verified") => {
-                ("name the authority that signed the broker's certificate in stream.ca_file, and the broker by a name that its certificate has", true)
-            }
-            RDKafkaErrorCode::SSL if has("certificate required") || has("client SSL authentication") || has("bad certificate") || has("unknown ca") => {
-                ("the broker wants a certificate of ours that it trusts: set stream.certificate_file and stream.key_file", true)
-            }
-            RDKafkaErrorCode::SSL => ("check stream.security_protocol, stream.ca_file, stream.certificate_file and stream.key_file", true),
-            RDKafkaErrorCode::BrokerTransportFailure if has("security.protocol") || has("listener?") => {
-                ("if it stays so, stream.security_protocol is not what this listener speaks", false)
-            }
-            _ => return None,
+    /// What Kafka's client says about our sign-in, as an error or in its log; None where it is about something else.
+    pub fn of(told: &str) -> Option<Self> {
+        let has = |text: &str| told.contains(text);
+        let hung_up = has("Disconnected") && (has("state APIVERSION_QUERY") || has("state UP"));
+        let (remedy, is_certain) = if has("mechanism handshake failed") {
+            ("set stream.sasl_mechanism to one that the broker supports", true)
+        } else if has("SASL") && has("uthentication failed") {
+            ("correct stream.sasl_username, and LEDGERLINE__STREAM__SASL_PASSWORD in the environment", true)
+        } else if has("certificate verify failed") {
+            ("name the authority that signed the broker's certificate in stream.ca_file, and the broker by a name that its certificate has", true)
+        } else if has("alert bad certificate") || has("alert unknown ca") || has("certificate required") {
+            ("the broker wants a certificate of ours that it trusts: set stream.certificate_file and stream.key_file", true)
+        } else if has("SSL handshake failed") || hung_up {
+            ("if it stays so, stream.security_protocol is not what this listener speaks", false)
+        } else {
+            return None;
         };
-        Some(Self { why: told_by_broker(reason), remedy: remedy.to_owned(), is_certain })
+        Some(Self { why: as_a_person(told), remedy: remedy.to_owned(), is_certain })
     }
 }
 
-/// `sasl_ssl://host:9093/bootstrap: SASL authentication error: … (after 12ms in state AUTH_REQ)`, as a person would say it.
-fn told_by_broker(reason: &str) -> String {
-    let (broker, said) = reason.split_once(": ").unwrap_or(("", reason));
+/// `[thrd:…]: sasl_ssl://host:9093/bootstrap: SASL authentication error: … (after 12ms in state AUTH_REQ)`, as a person says it.
+fn as_a_person(told: &str) -> String {
+    let told = told.strip_prefix("[thrd:").and_then(|it| it.split_once("]: ")).map_or(told, |it| it.1);
+    let (broker, said) = told.split_once(": ").unwrap_or(("", told));
     let address = broker.split_once("://").map_or(broker, |it| it.1).split('/').next().unwrap_or_default();
     let said = said.rsplit_once(" (after ").map_or(said, |it| it.0);
-    // Where OpenSSL's source says so is of use to nobody here.
-    let said = said.replace("ssl/statem/statem_clnt.c:", "").replace(" (install ca-certificates package)", "");
     format!("the broker at {address} refuses us: {said}")
 }
 
@@ -286,8 +283,8 @@ impl Hearing {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    pub fn hear(&self, error: &KafkaError, reason: &str) {
-        if let Some(refusal) = Refusal::of(error, reason) {
+    pub fn hear(&self, told: &str) {
+        if let Some(refusal) = Refusal::of(told) {
             let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             // A guess does not replace what a broker said.
             if refusal.is_certain || heard.as_ref().is_none_or(|it| !it.is_certain) {
@@ -308,12 +305,14 @@ pub(super) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
 
 impl ClientContext for Hearing {
     fn log(&self, _level: RDKafkaLogLevel, facility: &str, message: &str) {
+        // A broker that hangs up is only logged.
+        self.hear(message);
         // Whoever asks gets it as an error.
         tracing::debug!(facility, "kafka client: {message}");
     }
 
-    fn error(&self, error: KafkaError, reason: &str) {
-        self.hear(&error, reason);
+    fn error(&self, _error: KafkaError, reason: &str) {
+        self.hear(reason);
     }
 }
 
@@ -335,14 +334,10 @@ pub(super) fn heard(reader: &Reader) -> Option<Refusal> {
 mod tests {
     use super::*;
 
-    fn refusal(code: RDKafkaErrorCode, reason: &str) -> Option<Refusal> {
-        Refusal::of(&KafkaError::Global(code), reason)
-    }
-
     #[test]
     fn a_refusal_says_who_refused_why_and_what_to_set() {
         let told = "sasl_ssl://kafka:9093/bootstrap: SASL authentication error: Authentication failed during authentication due to invalid credentials with SASL mechanism SCRAM-SHA-256 (after 12ms in state AUTH_REQ)";
-        let found = refusal(RDKafkaErrorCode::Authentication, told).unwrap();
+        let found = Refusal::of(told).unwrap();
         assert_eq!(
             found.to_string(),
             "the broker at kafka:9093 refuses us: SASL authentication error: Authentication failed during authentication due to invalid credentials with SASL mechanism SCRAM-SHA-256"
@@ -352,10 +347,13 @@ mod tests {
 
     #[test]
     fn a_broker_that_hangs_up_is_a_guess_and_one_that_is_away_no_refusal() {
-        let told = "kafka:9093/bootstrap: Disconnected while requesting ApiVersion: might be caused by incorrect security.protocol configuration (connecting to a SSL listener?) or broker version is < 0.10 (see api.version.request) (after 2ms in state APIVERSION_QUERY)";
-        assert_eq!(refusal(RDKafkaErrorCode::BrokerTransportFailure, told).unwrap().fault(), Fault::Transient);
-        assert_eq!(refusal(RDKafkaErrorCode::BrokerTransportFailure, "kafka:9093/bootstrap: Connect to ipv4#127.0.0.1:9093 failed: Connection refused"), None);
-        assert_eq!(refusal(RDKafkaErrorCode::AllBrokersDown, "1/1 brokers are down"), None);
+        let told = "[thrd:kafka:9093/bootstrap]: kafka:9093/bootstrap: Disconnected: connection closed by peer: receive 0 after POLLIN (after 0ms in state APIVERSION_QUERY)";
+        let found = Refusal::of(told).unwrap();
+        assert_eq!(found.why, "the broker at kafka:9093 refuses us: Disconnected: connection closed by peer: receive 0 after POLLIN");
+        assert_eq!(found.fault(), Fault::Transient);
+        assert_eq!(Refusal::of("kafka:9093/bootstrap: Connect to ipv4#127.0.0.1:9093 failed: Connection refused (after 0ms in state CONNECT)"), None);
+        assert_eq!(Refusal::of("sasl_ssl://kafka:9093/1: SASL authentication error: SaslAuthenticateRequest failed: Local: Timed out"), None);
+        assert_eq!(Refusal::of("1/1 brokers are down"), None);
     }
 
     #[test]

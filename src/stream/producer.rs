@@ -138,11 +138,12 @@ struct Deliveries(Arc<Shared>);
 
 impl ClientContext for Deliveries {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.0.hearing.hear(message);
         access::log(level, facility, message);
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        self.0.hearing.hear(&error, reason);
+        self.0.hearing.hear(reason);
         if let Some(RDKafkaErrorCode::Fatal) = error.rdkafka_error_code() {
             self.0.fail(Error::Broken(reason.to_owned()));
         } else if let Some(RDKafkaErrorCode::AllBrokersDown) = error.rdkafka_error_code()

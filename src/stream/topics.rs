@@ -58,12 +58,8 @@ pub enum Error {
         #[source]
         source: KafkaError,
     },
-    #[error("could not ask the broker at {bootstrap_servers} about its topics")]
-    Refused {
-        bootstrap_servers: String,
-        #[source]
-        refusal: Refusal,
-    },
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     #[error("could not create topic {topic}: {code}")]
     Create { topic: String, code: RDKafkaErrorCode },
     #[error("topic {topic} has {found} partitions, and its order needs exactly one")]
@@ -77,7 +73,7 @@ impl Error {
     pub(super) fn new(access: &Access, source: KafkaError, refusal: Option<Refusal>) -> Self {
         let bootstrap_servers = access.to_string();
         match refusal {
-            Some(refusal) => Self::Refused { bootstrap_servers, refusal },
+            Some(refusal) => Self::Refused(refusal),
             None => Self::Ask { bootstrap_servers, source },
         }
     }
@@ -86,8 +82,16 @@ impl Error {
 impl Diagnose for Error {
     fn fault(&self) -> Fault {
         match self {
-            Self::Ask { .. } => Fault::Transient,
-            Self::Refused { refusal, .. } => refusal.fault(),
+            Self::Ask { source: KafkaError::ClientCreation(_) | KafkaError::ClientConfig(..), .. } => {
+                Fault::Operator("check stream.bootstrap_servers, stream.ca_file, stream.certificate_file and stream.key_file".to_owned())
+            }
+            Self::Ask { source, .. } => match source.rdkafka_error_code() {
+                Some(
+                    RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::GroupAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed,
+                ) => Fault::Operator("allow this user to describe and read the pipeline's topics (kafka-acls), or sign in as another".to_owned()),
+                _ => Fault::Transient,
+            },
+            Self::Refused(refusal) => refusal.fault(),
             Self::Create { topic, code } => match code {
                 RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed | RDKafkaErrorCode::PolicyViolation => {
                     Fault::Operator(format!("create topic {topic} by hand, or allow this client to create topics"))
@@ -209,6 +213,11 @@ impl Topics {
     pub(super) async fn marks(&self, topic: String) -> Result<Vec<(i32, Watermarks)>, Error> {
         self.ask(move |consumer| {
             let metadata = consumer.fetch_metadata(Some(&topic), ANSWER_MAX)?;
+            // A topic that we may not see is not one that does not exist.
+            let errors = metadata.topics().iter().filter_map(|it| it.error()).map(RDKafkaErrorCode::from);
+            if let Some(forbidden) = errors.into_iter().find(|it| *it == RDKafkaErrorCode::TopicAuthorizationFailed) {
+                return Err(KafkaError::MetadataFetch(forbidden));
+            }
             let partitions = metadata.topics().iter().filter(|it| it.error().is_none()).flat_map(|it| it.partitions());
             let marks = |partition: i32| consumer.fetch_watermarks(&topic, partition, ANSWER_MAX).map(|(first, end)| (partition, Watermarks { first, end }));
             partitions.map(|it| marks(it.id())).collect()
@@ -277,7 +286,7 @@ impl Topics {
             if let Some(certain) = refusal.as_ref().filter(|it| it.is_certain)
                 && refused_since.get_or_insert_with(Instant::now).elapsed() >= OTHERS_ANSWER
             {
-                return Err(Error::Refused { bootstrap_servers: self.access.to_string(), refusal: certain.clone() });
+                return Err(certain.clone().into());
             }
         }
     }

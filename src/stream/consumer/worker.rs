@@ -77,12 +77,15 @@ impl Callbacks {
 
 impl ClientContext for Callbacks {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.hearing.hear(message);
+        // A commit that a rebalance has overtaken: the lake knows the position, and whoever has the lane now commits for it.
+        let level = if facility == "COMMITFAIL" { RDKafkaLogLevel::Debug } else { level };
         access::log(level, facility, message);
     }
 
     // Errors also come out of `poll`, where they become events; there they have no reason any more.
-    fn error(&self, error: KafkaError, reason: &str) {
-        self.hearing.hear(&error, reason);
+    fn error(&self, _error: KafkaError, reason: &str) {
+        self.hearing.hear(reason);
     }
 }
 
