@@ -3,7 +3,7 @@
 
 FROM rust:1.95.0-bookworm AS build
 # Cargo features to switch on, separated by commas.
-ARG FEATURES="snowflake"
+ARG FEATURES="snowflake,tls"
 # TLS is Debian's, on both sides: its fixes come with the base image.
 ENV OPENSSL_NO_VENDOR=1
 WORKDIR /src

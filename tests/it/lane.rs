@@ -56,6 +56,15 @@ impl Stack {
         self.0.get(&format!("LEDGERLINE__{name}")).unwrap_or_else(|| panic!("tests/stack/up says nothing about {name}")).clone()
     }
 
+    /// What no key of the product names.
+    #[cfg(feature = "stack")]
+    pub(crate) fn address(&self, name: &str) -> String {
+        let dir = std::env::var_os("LEDGERLINE_STACK_DIR").map_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/.stack").into(), std::path::PathBuf::from);
+        let addresses = std::fs::read_to_string(dir.join("addresses")).expect("tests/stack/up wrote it");
+        let value = addresses.lines().find_map(|it| it.strip_prefix(name)?.strip_prefix('='));
+        value.unwrap_or_else(|| panic!("tests/stack/up says nothing about {name}")).to_owned()
+    }
+
     /// A superuser's database.
     pub(crate) fn postgres(&self) -> String {
         let mut url: url::Url = self.value("STATE__URL").parse().expect("an address");

@@ -84,7 +84,7 @@ impl Capture {
         let published = prepare::publish(&mut connection, &self.config, &wanted, start != Start::Fresh, false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
-        let asking = topics::Topics::connect(&self.bootstrap_servers)?;
+        let asking = topics::Topics::connect(&self.kafka)?;
         prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         // Before the connector writes: what it does now is counted from its first record on.
         let follower = self.follow(&asking, &tables, start != Start::Resume).await?;
@@ -145,7 +145,7 @@ impl Capture {
             lanes.extend(asking.watermarks(topics).await?.into_iter().map(|(lane, marks)| (lane, marks.first)));
         }
         let topics = self.topics.clone();
-        Ok(Follower::start(&self.bootstrap_servers, &lanes, move |message| reading::told(&topics, message))?)
+        Ok(Follower::start(&self.kafka, &lanes, move |message| reading::told(&topics, message))?)
     }
 
     /// Makes the connector, or brings it up to date where it differs.

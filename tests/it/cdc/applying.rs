@@ -6,7 +6,7 @@ use ledgerline::{
     cdc::{self, Applied, Config, SlotStep, SnapshotMode, Step},
     embedded::kafka,
     fault::{Diagnose as _, Fault},
-    stream::{self, tail, topics::Topics},
+    stream::{self, range, topics::Topics},
 };
 
 use super::{
@@ -39,7 +39,7 @@ impl House {
     }
 
     async fn rows(&self) -> usize {
-        tail::newest(&self.broker.address(), "bank.public.payments", 100).await.expect("the broker answers").len()
+        range::newest(&self.broker.address(), "bank.public.payments", 100).await.expect("the broker answers").len()
     }
 }
 
