@@ -36,7 +36,7 @@ pub(crate) struct Stack(HashMap<String, String>);
 /// None: the tests are on our own servers. The first to ask brings the real ones up.
 pub(crate) fn stack() -> Option<&'static Stack> {
     static STACK: OnceLock<Stack> = OnceLock::new();
-    cfg!(feature = "stack").then(|| STACK.get_or_init(|| Stack::of(&["postgres", "kafka", "minio"])))
+    cfg!(feature = "stack").then(|| STACK.get_or_init(|| Stack::of(&[])))
 }
 
 impl Stack {

@@ -16,6 +16,8 @@ use crate::{
 
 /// A task ends within a moment, or with its worker.
 const STOP_MAX: Duration = Duration::from_secs(60);
+/// A restart shows in the status at once; what still shows a failure by then has failed again.
+const RESTART_SHOWN_MAX: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// The connector, or why it is not known; neither where there is none.
@@ -61,6 +63,22 @@ pub(super) async fn stand_still(rest: &Rest, name: &str) -> Result<(), Error> {
     let deadline = Instant::now() + STOP_MAX;
     while !rest.status(name).await?.is_some_and(|it| it.connector.state == "STOPPED" && it.tasks.is_empty()) {
         look_again(name, deadline).await?;
+    }
+    Ok(())
+}
+
+/// Restarts what failed before anybody looked. The old failure is shown until the restart begins: it is waited for, so that nobody
+/// takes it for a new one.
+pub(super) async fn restart_what_failed(rest: &Rest, name: &str) -> Result<(), Error> {
+    let failed = async || Ok::<_, Error>(rest.status(name).await?.is_some_and(|it| it.failed().is_some()));
+    if !failed().await? {
+        return Ok(());
+    }
+    tracing::info!(connector = name, "it had failed before this start, and gets another try");
+    rest.restart_failed(name).await?;
+    let deadline = Instant::now() + RESTART_SHOWN_MAX;
+    while Instant::now() < deadline && failed().await? {
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     Capture,
-    admin::stand_still,
+    admin::{restart_what_failed, stand_still},
     reading::{self, Told},
     rest::Settings,
     settings,
@@ -96,6 +96,7 @@ impl Capture {
         }
         if *control.wanted.borrow() == Phase::Running {
             self.rest.resume(self.name()).await?;
+            restart_what_failed(&self.rest, self.name()).await?;
         }
         tracing::info!(connector = self.name(), version, tables = tables.len(), ?start, "the connector is registered");
         Ok(self.watch(follower, asking, tables, (start != Start::Resume).then(Reading::default)))

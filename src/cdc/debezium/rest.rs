@@ -64,6 +64,13 @@ pub(in crate::cdc) struct Part {
     pub(in crate::cdc) trace: Option<String>,
 }
 
+impl Status {
+    /// The part that failed, the connector itself before its tasks.
+    pub(in crate::cdc) fn failed(&self) -> Option<&Part> {
+        std::iter::once(&self.connector).chain(&self.tasks).find(|it| it.state == "FAILED")
+    }
+}
+
 /// The newest source offset that Connect has written down: everything before it is with the broker.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 pub(in crate::cdc) struct Offset {

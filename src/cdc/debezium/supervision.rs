@@ -250,8 +250,7 @@ impl Capture {
 
     /// Failed parts are restarted a while later, and again, but not for ever.
     fn judge(&mut self, status: &Status, watch: &mut Watch) -> Result<(), Error> {
-        let failed = std::iter::once(&status.connector).chain(&status.tasks).find(|it| it.state == "FAILED");
-        let Some(failed) = failed else {
+        let Some(failed) = status.failed() else {
             let since = *watch.healthy_since.get_or_insert_with(Instant::now);
             if since.elapsed() >= HEALTHY_AFTER {
                 watch.restarts.reset();
