@@ -23,14 +23,13 @@ async fn the_native_engine_keeps_the_contract_of_a_capture() {
     keeps_the_contract(&database, broker.address(), config).await;
 }
 
-/// On the services that the environment names, as `ledgerline` itself would find them.
 #[cfg(feature = "stack")]
 #[tokio::test(flavor = "multi_thread")]
 async fn debezium_on_kafka_connect_keeps_the_contract_of_a_capture() {
-    let address = |key: &str| std::env::var(format!("LEDGERLINE__{key}")).unwrap_or_else(|_| panic!("LEDGERLINE__{key} names no service"));
-    let database = Database::create_on(&address("SOURCE__URL"), "contract").await;
-    let config = Config { engine: cdc::Engine::Debezium, connect_url: address("CDC__CONNECT_URL"), ..config(&database) };
-    keeps_the_contract(&database, address("STREAM__BOOTSTRAP_SERVERS"), config).await;
+    let database = Database::create("contract").await;
+    let broker = Broker::start(&database, &[TOPIC], 1);
+    let config = super::house::on_connect(&database);
+    keeps_the_contract(&database, broker.address(), config).await;
 }
 
 async fn keeps_the_contract(database: &Database, bootstrap_servers: String, config: Config) {

@@ -353,6 +353,13 @@ pub(super) fn config(database: &Database) -> Config {
     }
 }
 
+/// The same by Debezium, on the Kafka Connect of `tests/stack`, which resolves the reference to the source's password.
+#[cfg(feature = "stack")]
+pub(super) fn on_connect(database: &Database) -> Config {
+    let stack = stack().expect("the lane of the real servers");
+    Config { engine: cdc::Engine::Debezium, connect_url: stack.value("CDC__CONNECT_URL"), ..config(database) }
+}
+
 /// The text with everything that differs from run to run made equal: LSNs, transaction ids, times, database, version.
 pub(super) fn masked(text: &str) -> String {
     let mut out = text.to_owned();

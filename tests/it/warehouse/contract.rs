@@ -215,18 +215,18 @@ mod double {
     use url::Url;
 
     use super::*;
-    use crate::warehouse::ground::Database;
+    use crate::{lane::stack, warehouse::ground::Database};
 
     fn variable(name: &str) -> String {
-        std::env::var(format!("LEDGERLINE__WAREHOUSE__{name}")).unwrap_or_else(|_| panic!("LEDGERLINE__WAREHOUSE__{name} says where the Snowflake double is"))
+        stack().expect("the lane of the real servers").value(&format!("WAREHOUSE__{name}"))
     }
 
-    /// A database of its own in the double at `LEDGERLINE__WAREHOUSE__ENDPOINT`.
+    /// A database of its own in the double.
     pub(super) fn access() -> Access {
         static MADE: AtomicU32 = AtomicU32::new(0);
-        let mut url = Url::parse(&variable("URL")).expect("LEDGERLINE__WAREHOUSE__URL is an address");
+        let mut url = Url::parse(&variable("URL")).expect("an address");
         url.set_path(&format!("/IT_{}_{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed)));
-        let endpoint = Some(Url::parse(&variable("ENDPOINT")).expect("LEDGERLINE__WAREHOUSE__ENDPOINT is an address"));
+        let endpoint = Some(Url::parse(&variable("ENDPOINT")).expect("an address"));
         Access { url: Secret::new(url), endpoint, private_key: Some(Secret::new(variable("PRIVATE_KEY"))) }
     }
 
