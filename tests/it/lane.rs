@@ -74,6 +74,14 @@ impl Stack {
         self.value("STREAM__BOOTSTRAP_SERVERS")
     }
 
+    /// The program, for a server of a test's own.
+    #[cfg(feature = "stack")]
+    pub(crate) fn minio(&self) -> String {
+        let dir = std::env::var_os("LEDGERLINE_STACK_DIR").map_or_else(|| std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(".stack"), Into::into);
+        let addresses = std::fs::read_to_string(dir.join("addresses")).expect("tests/stack/up writes it");
+        addresses.lines().find_map(|line| line.strip_prefix("MINIO=")).expect("where MinIO is").to_owned()
+    }
+
     fn bucket(&self, bucket: String) -> Access {
         Access {
             endpoint: Some(self.value("LAKE__ENDPOINT").parse().expect("an address")),
