@@ -245,7 +245,7 @@ pub enum Error {
         source: sqlx::Error,
     },
     #[cfg(feature = "snowflake")]
-    #[error("could not work on Snowflake")]
+    #[error(transparent)]
     Snowflake(#[from] snowflake::Error),
     #[error("could not read the lake")]
     Lake(#[source] crate::lake::Error),

@@ -81,6 +81,7 @@ impl Ground {
 
     pub(super) async fn end(self) {
         self.database.drop().await;
+        drop(self.lake);
     }
 
     pub(super) async fn load(&self, table: &str) -> load::Loaded {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use ledgerline::{
     fault::{Diagnose as _, Fault},
     secret::Secret,
-    warehouse::{Access, Warehouse, load, snowflake::Snowflake},
+    warehouse::{Access, Warehouse, snowflake::Snowflake},
 };
 use url::Url;
 
@@ -111,6 +111,7 @@ async fn snowflake_counts_the_money_of_the_source() {
 /// What only the double lets itself be asked: it reads this machine's bucket, and refuses what it is told to.
 #[cfg(not(feature = "account"))]
 mod double {
+    use ledgerline::warehouse::load;
     use serde_json::{Value, json};
 
     use super::*;
