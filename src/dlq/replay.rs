@@ -91,8 +91,7 @@ pub struct Report {
 
 /// Replays letters in the order of the topic. Cut short, some are back and some are not: replaying again is harmless.
 pub async fn replay(kafka: impl Into<Access>, topics: &Topics, asked: &Replay) -> Result<Report, Error> {
-    let kafka = kafka.into();
-    let kafka = &kafka;
+    let kafka: &Access = &kafka.into();
     let mut back = Back::new(kafka, topics, asked).await?;
     match &asked.which {
         Which::Offsets { partition, offsets } => {

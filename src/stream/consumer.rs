@@ -214,6 +214,8 @@ fn client_config(settings: &Settings) -> ClientConfig {
         .set("enable.auto.offset.store", "false")
         .set("auto.offset.reset", "error")
         .set("allow.auto.create.topics", "false")
+        // A broker that is back is found within a second, not ten.
+        .set("reconnect.backoff.max.ms", "1000")
         .set("topic.metadata.refresh.interval.ms", "5000")
         // The default back-off of a second cuts the throughput to a third.
         .set("fetch.queue.backoff.ms", "5")

@@ -316,7 +316,13 @@ impl Worker {
         if let Some(Refusal { why, remedy, .. }) = self.client.context().hearing.take() {
             return Event::Trouble(format!("{why} ({remedy})"));
         }
-        Event::Trouble(error.rdkafka_error_code().map_or_else(|| error.to_string(), |it| it.to_string()))
+        let remedy = match error.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::GroupAuthorizationFailed) => " (allow this user to read the consumer group of lake.group)",
+            Some(RDKafkaErrorCode::TopicAuthorizationFailed) => " (allow this user to describe and read the pipeline's topics)",
+            Some(RDKafkaErrorCode::InconsistentGroupProtocol) => " (the group has members that are no sinks: choose another lake.group)",
+            _ => "",
+        };
+        Event::Trouble(error.rdkafka_error_code().map_or_else(|| error.to_string(), |it| format!("{it}{remedy}")))
     }
 
     fn hand_over(&mut self) -> Result<(), Ended> {

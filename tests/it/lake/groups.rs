@@ -66,8 +66,7 @@ async fn sinks_of_one_group_share_the_partitions_and_stay_exact_when_one_is_kill
     landed_so_far(&house, 1).await;
 
     let [mut killed, mut stopped, mut stays] = sinks;
-    let busy = tokio::join!(traffic(&house, 1), async { killed.kill_tree() });
-    drop(busy);
+    tokio::join!(traffic(&house, 1), async { killed.kill_tree() });
     let mut added = start("four");
     tokio::task::block_in_place(|| added.until_said(&["lane is read"]));
     traffic(&house, 2).await;

@@ -78,7 +78,7 @@ async fn every_way_in_carries_records_to_the_lake() {
         assert_eq!(range::newest(way, &house.customers, 1).await.expect("read")[0].offset, offset);
         let (handle, control) = stage::control(lake::Stats::default(), Phase::Running, &CancellationToken::new());
         let config = Lake { group: house.group(&offset.to_string()), ..house.config() };
-        let sink = tokio::spawn(lake::run(house.store().await, way, house.topics(), config, control));
+        let sink = tokio::spawn(lake::run(house.store().await, way.clone(), house.topics(), config, control));
         let mut stats = handle.stats.clone();
         let landed = stats.wait_for(|it| it.lanes.iter().any(|it| it.landed_offset == Some(offset + 1)));
         drop(tokio::time::timeout(WAIT, landed).await.expect("it lands in time").expect("the sink runs"));
