@@ -42,7 +42,12 @@ pub(crate) fn stack() -> Option<&'static Stack> {
 impl Stack {
     fn up() -> Self {
         let up = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/stack/up");
-        let output = Command::new(up).args(["postgres", "kafka", "minio"]).stdin(Stdio::null()).stderr(Stdio::inherit()).output().expect("tests/stack/up runs");
+        let output = Command::new(up)
+            .args(["postgres", "kafka", "connect", "minio"])
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .output()
+            .expect("tests/stack/up runs");
         assert!(output.status.success(), "tests/stack/up ended with {}", output.status);
         let printed = String::from_utf8(output.stdout).expect("text");
         let export = |line: &str| {

@@ -81,13 +81,13 @@ impl Capture {
         }
         let slot = slot::find(&mut connection, &self.config.slot).await?;
         let start = self.decide(registered.as_ref(), slot.as_ref(), progress.as_ref())?;
+        if start != Start::Resume && self.takes_snapshot() {
+            // Debezium would try for ever, and Connect call that RUNNING.
+            catalog::require_readable(&mut connection, &wanted).await?;
+        }
         let published = prepare::publish(&mut connection, &self.config, &wanted, start != Start::Fresh, false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
-        if start != Start::Resume && self.takes_snapshot() {
-            // Debezium would try for ever, and Connect call that RUNNING.
-            catalog::require_readable(&mut connection, &tables).await?;
-        }
         let asking = topics::Topics::connect(&self.bootstrap_servers)?;
         prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         // Before the connector writes: what it does now is counted from its first record on.
