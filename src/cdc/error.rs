@@ -33,6 +33,8 @@ pub enum Error {
     NoSuchTable { table: String },
     #[error("no table matches cdc.tables")]
     NoTables,
+    #[error("the user of source.url may not read table {table}")]
+    Unreadable { table: String },
     #[error("publication {publication} is missing")]
     PublicationMissing { publication: String },
     #[error("publication {publication} leaves out inserts, updates or deletes, or renames partitions")]
@@ -132,6 +134,7 @@ impl Diagnose for Error {
             Self::WalLevel { .. } => operator("set wal_level = logical on the source and restart it".to_owned()),
             Self::NoSuchTable { table } => operator(format!("create {table}, or take it out of cdc.tables")),
             Self::NoTables => operator("name existing tables in cdc.tables".to_owned()),
+            Self::Unreadable { table } => operator(format!("grant select on {table} to that user, or leave it out (cdc.tables_exclude)")),
             Self::PublicationMissing { publication } => operator(format!("somebody dropped publication {publication}; {NEW_SNAPSHOT}")),
             Self::PublicationPartial { publication } => {
                 operator(format!("alter publication {publication} set (publish = 'insert, update, delete, truncate', publish_via_partition_root = false)"))

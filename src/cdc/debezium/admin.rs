@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::{
     connector_of,
-    rest::Rest,
+    rest::{Rest, Status},
     settings::{self, connector_name},
 };
 use crate::{
@@ -67,17 +67,20 @@ pub(super) async fn stand_still(rest: &Rest, name: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Restarts what failed before anybody looked. The old failure is shown until the restart begins: it is waited for, so that nobody
-/// takes it for a new one.
-pub(super) async fn restart_what_failed(rest: &Rest, name: &str) -> Result<(), Error> {
-    let failed = async || Ok::<_, Error>(rest.status(name).await?.is_some_and(|it| it.failed().is_some()));
-    if !failed().await? {
+/// Lets a connector that stands still go on, and restarts what failed before anybody looked; one that runs is left alone.
+pub(super) async fn set_going(rest: &Rest, name: &str) -> Result<(), Error> {
+    let status = rest.status(name).await?;
+    if status.as_ref().is_none_or(Status::stands_still) {
+        rest.resume(name).await?;
+    }
+    if status.is_none_or(|it| it.failed().is_none()) {
         return Ok(());
     }
     tracing::info!(connector = name, "it had failed before this start, and gets another try");
     rest.restart_failed(name).await?;
+    // The old failure is shown until the restart begins: nobody may take it for a new one.
     let deadline = Instant::now() + RESTART_SHOWN_MAX;
-    while Instant::now() < deadline && failed().await? {
+    while Instant::now() < deadline && rest.status(name).await?.is_some_and(|it| it.failed().is_some()) {
         tokio::time::sleep(LOOK_AGAIN).await;
     }
     Ok(())

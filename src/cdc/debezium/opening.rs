@@ -8,7 +8,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     Capture,
-    admin::{restart_what_failed, stand_still},
+    admin::{set_going, stand_still},
     reading::{self, Told},
     rest::Settings,
     settings,
@@ -81,6 +81,10 @@ impl Capture {
         }
         let slot = slot::find(&mut connection, &self.config.slot).await?;
         let start = self.decide(registered.as_ref(), slot.as_ref(), progress.as_ref())?;
+        if start != Start::Resume && self.takes_snapshot() {
+            // Debezium would try for ever, and Connect call that RUNNING.
+            catalog::require_readable(&mut connection, &wanted).await?;
+        }
         let published = prepare::publish(&mut connection, &self.config, &wanted, start != Start::Fresh, false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
@@ -95,8 +99,7 @@ impl Capture {
             return Err(Error::OffsetsMissing { connector: self.name().to_owned() });
         }
         if *control.wanted.borrow() == Phase::Running {
-            self.rest.resume(self.name()).await?;
-            restart_what_failed(&self.rest, self.name()).await?;
+            set_going(&self.rest, self.name()).await?;
         }
         tracing::info!(connector = self.name(), version, tables = tables.len(), ?start, "the connector is registered");
         Ok(self.watch(follower, asking, tables, (start != Start::Resume).then(Reading::default)))

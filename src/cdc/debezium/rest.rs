@@ -65,6 +65,11 @@ pub(in crate::cdc) struct Part {
 }
 
 impl Status {
+    /// Whether somebody paused or stopped it.
+    pub(in crate::cdc) fn stands_still(&self) -> bool {
+        matches!(self.connector.state.as_str(), "PAUSED" | "STOPPED")
+    }
+
     /// The part that failed, the connector itself before its tasks.
     pub(in crate::cdc) fn failed(&self) -> Option<&Part> {
         std::iter::once(&self.connector).chain(&self.tasks).find(|it| it.state == "FAILED")

@@ -34,6 +34,8 @@ async fn debezium_on_kafka_connect_keeps_the_contract_of_a_capture() {
 
 async fn keeps_the_contract(database: &Database, bootstrap_servers: String, config: Config) {
     let (state, topic): (&Secret, String) = (&database.url, format!("{}.{TOPIC}", config.topic_prefix));
+    #[cfg(feature = "stack")]
+    let _worker = super::debezium::WORKER.read().await;
     database.run(PAYMENTS).await;
     database.run("insert into payments select id, 7.00, 'old' from generate_series(1, 500) id;").await;
     let mut reader = Reader::start(&bootstrap_servers);
@@ -83,7 +85,7 @@ async fn keeps_the_contract(database: &Database, bootstrap_servers: String, conf
 }
 
 /// Every row by its events, and every commit as large as its END says, however often it was told.
-async fn holds_what_the_source_holds(reader: &mut Reader, database: &Database, config: &Config) {
+pub(super) async fn holds_what_the_source_holds(reader: &mut Reader, database: &Database, config: &Config) {
     let events = reader.read(&format!("{}.{TOPIC}", config.topic_prefix));
     let (rows, _) = replayed(&events);
     assert_eq!(rows, held(database).await);

@@ -201,6 +201,11 @@ impl Broker {
         self.address.clone()
     }
 
+    #[cfg(feature = "stack")]
+    pub(super) fn reader(&mut self) -> &mut Reader {
+        &mut self.reader
+    }
+
     /// As [`Reader::read_on`], by the topic's name behind the prefix.
     pub(super) fn read_on(&mut self, topic: &str) -> Vec<Read> {
         let topic = self.name(topic);
