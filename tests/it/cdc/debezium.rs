@@ -6,11 +6,13 @@ use std::{
     path::PathBuf,
     process::{Command, Stdio},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use ledgerline::{
     cdc::{self, Config, Stats, Step},
     fault::{Diagnose as _, Fault},
+    secret::Secret,
 };
 use tokio::sync::RwLock;
 
@@ -22,6 +24,7 @@ use super::{
 };
 use crate::{
     binary::{PATIENCE, kill},
+    house::on_server,
     lane::stack,
 };
 
@@ -92,6 +95,43 @@ async fn what_connect_rejects_is_told_field_by_field() {
     streaming(&capture).await;
     capture.stop().await;
     cdc::remove(&database.url, &config, false).await.expect("removed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_that_failed_and_waited_goes_on_when_the_capture_begins_again() {
+    let _worker = WORKER.read().await;
+    let (database, mut broker, config) = payments("failed").await;
+    let (role, connector) = (database.name.clone(), format!("/connectors/{}", database.name));
+    let password = stack().expect("the lane of the real servers").value("SOURCE__PASSWORD");
+    on_server(&format!("create role {role} superuser login password '{password}'")).await;
+    let mut url: url::Url = database.url.reveal().parse().expect("an address");
+    url.set_username(&role).expect("it has a place for one");
+    let source = Secret::new(url);
+    let capture = Capture::start_as(&source, &database, broker.address(), config.clone());
+    streaming(&capture).await;
+    capture.stop().await;
+
+    database.run("insert into payments values (1, 1.00, 'while nobody looks');").await;
+    on_server(&format!("alter role {role} password 'another'")).await;
+    ask("POST", &format!("{connector}/restart?includeTasks=true"), "");
+    let failed = async {
+        while !ask("GET", &format!("{connector}/status"), "").contains("FAILED") {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, failed).await.expect("its task fails");
+    let standing = cdc::standing(&database.url, &database.url, &config).await.expect("the source answers");
+    let told = standing.connector.expect("a connector").shown();
+    assert!(told.contains("task 0 FAILED on ") && told.contains("password authentication failed"), "{told}");
+
+    on_server(&format!("alter role {role} password '{password}'")).await;
+    let capture = Capture::start_as(&source, &database, broker.address(), config.clone());
+    streaming(&capture).await;
+    drained(&capture, &database).await;
+    holds_what_the_source_holds(broker.reader(), &database, &config).await;
+    capture.stop().await;
+    cdc::remove(&source, &config, false).await.expect("removed");
+    on_server(&format!("drop role {role}")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
