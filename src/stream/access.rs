@@ -208,6 +208,8 @@ impl Access {
     pub fn client(&self, client_id: &str) -> ClientConfig {
         let mut client = ClientConfig::new();
         client.set("bootstrap.servers", &self.bootstrap_servers).set("client.id", client_id);
+        // What a broker that hangs up is about is only logged, and must be heard whatever our own log shows.
+        client.set_log_level(RDKafkaLogLevel::Info);
         if self.protocol != Protocol::Plaintext {
             client.set("security.protocol", self.protocol.name());
         }
