@@ -383,9 +383,9 @@ mod tests {
             Config { security_protocol: Protocol::SaslPlaintext, sasl_username: "bank".to_owned(), ..Config::default() },
         ] {
             let made = Access::new(&config, Some(&Secret::new("hunter2")), Path::new("."));
-            match made {
-                Ok(_) => assert!(cfg!(feature = "tls")),
-                Err(error) => assert!(matches!(error.fault(), Fault::Operator(remedy) if remedy.contains("--features tls")), "{error}"),
+            assert_eq!(made.is_ok(), cfg!(feature = "tls"));
+            if let Err(error) = made {
+                assert!(matches!(error.fault(), Fault::Operator(remedy) if remedy.contains("--features tls")), "{error}");
             }
         }
     }
