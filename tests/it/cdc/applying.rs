@@ -35,7 +35,7 @@ impl House {
     }
 
     async fn n_topics(&self) -> usize {
-        Topics::connect(&self.broker.address()).expect("a client").partitions().await.expect("the broker answers").len()
+        Topics::connect(self.broker.address()).expect("a client").partitions().await.expect("the broker answers").len()
     }
 
     async fn rows(&self) -> usize {
