@@ -149,7 +149,7 @@ pub struct Cdc {
 pub enum CdcCommand {
     /// Show the replication slot, how far it is read and what it holds back
     Status(Output),
-    /// Bring publication, slot and topics to what the configuration says, without starting to stream
+    /// Bring publication, topics, and slot or connector to what the configuration says, without starting to stream
     Apply(Apply),
     /// Drop the replication slot and the publication, so that the source keeps no WAL for us any more
     Remove(Remove),

@@ -42,7 +42,7 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    admin::{Applied, Removal, SlotStep, SnapshotState, Standing, has_slot, remove, standing},
+    admin::{Applied, ConnectorStep, Removal, SlotStep, SnapshotState, Standing, has_slot, remove, standing},
     error::{Error, Poison},
     prepare::apply,
     progress::{LaneEnd, SnapshotEnds, snapshot_ends},
