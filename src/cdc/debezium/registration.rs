@@ -55,10 +55,15 @@ impl<'a> Registrar<'a> {
         connector_name(self.config)
     }
 
-    /// Looks at connector and slot, and refuses what a start would.
-    pub(in crate::cdc) async fn look(&self, connection: &mut PgConnection, progress: Option<&Progress>) -> Result<Found, Error> {
+    /// Refuses a Kafka Connect that could not run the connector, before anything else is asked.
+    pub(in crate::cdc) async fn require_plugin(&self) -> Result<(), Error> {
         let version = settings::require_plugin(&self.rest).await?;
         tracing::debug!(version, "Kafka Connect has the connector's plugin");
+        Ok(())
+    }
+
+    /// Looks at connector and slot, and refuses what a start would.
+    pub(in crate::cdc) async fn look(&self, connection: &mut PgConnection, progress: Option<&Progress>) -> Result<Found, Error> {
         let registered = self.rest.settings(self.name()).await?;
         if let Some(registered) = &registered {
             settings::require_ours(self.config, self.source, registered)?;
