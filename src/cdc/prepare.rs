@@ -128,7 +128,7 @@ pub async fn apply(
         Engine::Debezium => None,
     };
     let registered = match &registrar {
-        Some(registrar) => Some(registrar.look(&mut connection, progress.as_ref()).await?),
+        Some(registrar) => Some(registrar.look(found.clone(), progress.as_ref()).await?),
         None => None,
     };
     let resuming = match &registered {
