@@ -120,8 +120,8 @@ pub enum Poison {
     CopyText,
 }
 
-const NEW_SNAPSHOT: &str = "the changes since then are gone, so the tables must be read anew: `ledgerline reset` starts over, or drop the row of \
-                            ledgerline.cdc_snapshot in the state database and start again with a new cdc.topic_prefix";
+const NEW_SNAPSHOT: &str = "the changes since then are gone, so the tables must be read anew: `ledgerline reset` starts embedded services over; \
+                            on others set a new cdc.topic_prefix, and a warehouse.url whose database is empty";
 
 impl Diagnose for Error {
     fn fault(&self) -> Fault {

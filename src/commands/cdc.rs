@@ -208,7 +208,7 @@ fn told(report: &Report) -> String {
         (true, _) => "there is nothing to remove\n".to_owned(),
         (false, false) => format!("would drop {what}\n"),
         (false, true) => format!(
-            "dropped {what}\nChanges from now on are missing in the topics: to capture again choose a new cdc.topic_prefix, or begin anew with `ledgerline reset`.\n"
+            "dropped {what}\nChanges from now on are missing in the topics: to capture again set a new cdc.topic_prefix and a warehouse.url\nwhose database is empty, or begin anew with `ledgerline reset` where the services are embedded.\n"
         ),
     }
 }

@@ -267,7 +267,9 @@ def answer(project, request):
     error = None
     if outcome.exception is not None:
         away = isinstance(outcome.exception, (DbtDatabaseError, FailedToConnectError))
-        error = {"kind": "warehouse" if away else "dbt", "message": str(outcome.exception)}
+        said = str(outcome.exception)
+        # Its first line is no more than "Database Error"; why is told behind it.
+        error = {"kind": "warehouse", "message": " ".join(said.split())} if away else {"kind": "dbt", "message": said}
     return {"ok": bool(outcome.success), "nodes": [summary(it) for it in results], "error": error}
 
 

@@ -159,13 +159,13 @@ pub(super) fn in_log(next_offset: i64, log_start: i64, log_end: i64) -> Result<(
             why: format!(
                 "the lake has landed up to offset {next_offset}, but the log ends at {log_end}: the topic was created anew, or the broker has lost data"
             ),
-            remedy: "restore the broker's log; or set a new cdc.topic_prefix (and cdc.slot), so that a new snapshot begins new lanes".into(),
+            remedy: "restore the broker's log; or set a new cdc.topic_prefix (and cdc.slot), and a warehouse.url whose database is empty, so that a new snapshot begins new lanes".into(),
         });
     }
     if next_offset < log_start {
         return Err(Stopped {
             why: format!("the lake continues at offset {next_offset}, but the log begins at {log_start}: retention was faster than the lake"),
-            remedy: "the records between are gone from Kafka: raise the topic's retention, then set a new cdc.topic_prefix (and cdc.slot), so that a new snapshot begins new lanes".into(),
+            remedy: "the records between are gone from Kafka: raise the topic's retention, then set a new cdc.topic_prefix (and cdc.slot), and a warehouse.url whose database is empty, so that a new snapshot begins new lanes".into(),
         });
     }
     Ok(())

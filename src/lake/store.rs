@@ -9,7 +9,10 @@ use aws_sdk_s3::{
     Client,
     config::{
         BehaviorVersion, Credentials, ProvideCredentials as _, Region, RequestChecksumCalculation, ResponseChecksumValidation, SharedCredentialsProvider,
-        StalledStreamProtectionConfig, retry::RetryConfig, timeout::TimeoutConfig,
+        StalledStreamProtectionConfig,
+        interceptors::InterceptorContext,
+        retry::{ClassifyRetry, RetryAction, RetryConfig},
+        timeout::TimeoutConfig,
     },
     error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
     primitives::ByteStream,
@@ -275,6 +278,7 @@ async fn client_config(access: &Access) -> Result<aws_sdk_s3::Config, Error> {
         .force_path_style(path_style)
         .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT).operation_attempt_timeout(TRY).build())
         .retry_config(RetryConfig::standard().with_max_attempts(TRIES))
+        .retry_classifier(TooManyRequests)
         // The signature covers the body and we check SHA-256 ourselves; some stores know no newer checksums.
         .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
         .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
@@ -282,6 +286,21 @@ async fn client_config(access: &Access) -> Result<aws_sdk_s3::Config, Error> {
         .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
     config.set_endpoint_url(access.endpoint.as_ref().map(|it| it.as_str().trim_end_matches('/').to_owned()));
     Ok(config.build())
+}
+
+/// 429, as MinIO asks to slow down where AWS says 503; the client by itself takes it for a refusal.
+#[derive(Debug)]
+struct TooManyRequests;
+
+impl ClassifyRetry for TooManyRequests {
+    fn classify_retry(&self, context: &InterceptorContext) -> RetryAction {
+        let status = context.response().map(|it| it.status().as_u16());
+        if status == Some(429) { RetryAction::throttling_error() } else { RetryAction::NoActionIndicated }
+    }
+
+    fn name(&self) -> &'static str {
+        "too many requests"
+    }
 }
 
 /// The keys that were given, or the SDK's own search. It is tried here, so that who has none hears it at once.

@@ -64,9 +64,13 @@ impl Loaded {
 
 /// What waits to be loaded, by table, in the order of their names; tables with nothing to load are listed with zeros.
 ///
-/// Reads each commit record that waits, and no other.
+/// Reads each commit record that waits, and no other. Refuses a warehouse that another capture was loaded into: `raw` knows a row
+/// by partition and offset, and those of another prefix are the same.
 pub async fn discover(store: &Store, warehouse: &Warehouse, topics: &Topics) -> Result<Vec<Pending>, Error> {
     let loaded = warehouse.loaded_positions().await?;
+    if let Some(other) = loaded.keys().find(|lane| topics.lake_name(&lane.topic).is_none()) {
+        return Err(Error::OtherCapture { found: other.topic.to_string(), prefix: topics.prefix().to_owned() });
+    }
     let mut tables: BTreeMap<String, Pending> = BTreeMap::new();
     for lane in lake::log::lanes(store).await.map_err(Error::Lake)? {
         let Some(table) = topics.lake_name(&lane.topic) else { continue };

@@ -251,6 +251,8 @@ pub enum Error {
     Lake(#[source] crate::lake::Error),
     #[error("no commit record continues {lane} after offset {loaded}, and its newest begins at {found}")]
     Gap { lane: String, loaded: i64, found: i64 },
+    #[error("the warehouse holds what was captured as {found}, which is not of cdc.topic_prefix {prefix}")]
+    OtherCapture { found: String, prefix: String },
     #[error("the mark of {taken_at} is older than the initial snapshot")]
     StaleMark { taken_at: DateTime<Utc> },
     #[error("the source holds no bank: {table} is not there")]
@@ -283,7 +285,12 @@ pub(crate) trait While<T> {
 
 impl<T> While<T> for Result<T, sqlx::Error> {
     fn during(self, doing: impl Into<String>) -> Result<T, Error> {
-        self.map_err(|source| Error::Sql { doing: Doing(doing.into()), source })
+        // The pool's own words are of the pool; what an operator must look at is the server.
+        let of_the_server = |error| match error {
+            sqlx::Error::PoolTimedOut => sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "the server gave no connection in time")),
+            error => error,
+        };
+        self.map_err(|source| Error::Sql { doing: Doing(doing.into()), source: of_the_server(source) })
     }
 }
 
@@ -298,6 +305,9 @@ impl Diagnose for Error {
             Self::Gap { lane, .. } => Fault::Data(format!(
                 "run `ledgerline lake verify`; restore what {lane} lacks from a copy of the bucket, or see whether somebody changed raw._loads"
             )),
+            Self::OtherCapture { .. } => Fault::Operator(
+                "offsets of two captures would meet in one table: set the old cdc.topic_prefix, or name an empty database in warehouse.url".to_owned(),
+            ),
             Self::StaleMark { .. } => Fault::Transient,
             Self::NoBank { .. } => {
                 Fault::Operator("let a bank open there first: `ledgerline run`, or see whether source.url names the right database".to_owned())

@@ -60,6 +60,7 @@ pub(super) async fn run(
         config,
         watched: false,
         last_end: Lsn(0),
+        boundaries_from: None,
         latency: Histogram::default(),
         stats: control.stats.borrow().clone(),
     };
@@ -89,6 +90,9 @@ struct Capture {
     watched: bool,
     /// Up to here commits are counted; what comes again is not.
     last_end: Lsn,
+    /// Where the transaction topic is read along from: its end when this began, then behind what was counted. The connector works
+    /// while nobody looks.
+    boundaries_from: Option<i64>,
     latency: Histogram,
     stats: Stats,
 }

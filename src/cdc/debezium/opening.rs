@@ -56,6 +56,11 @@ pub(super) struct Reading {
 
 impl Capture {
     pub(super) async fn open(&mut self, control: &Control<Stats>) -> Result<Open, Error> {
+        let asking = topics::Topics::connect(&self.kafka)?;
+        if self.boundaries_from.is_none() {
+            let marks = asking.watermarks(BTreeSet::from([self.topics.boundaries()])).await?;
+            self.boundaries_from = marks.first().map(|(_, marks)| marks.end);
+        }
         let registrar = Registrar { rest: self.rest.clone(), source: &self.source, config: &self.config };
         registrar.require_plugin().await?;
         let mut connection = self.source.connect().await?;
@@ -73,7 +78,6 @@ impl Capture {
         let published = prepare::publish(&mut connection, &self.config, &wanted, start != Start::Fresh, false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
-        let asking = topics::Topics::connect(&self.kafka)?;
         prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         // Before the connector writes: what it does now is counted from its first record on.
         let follower = self.follow(&asking, &tables, start != Start::Resume).await?;
@@ -99,10 +103,15 @@ impl Capture {
         Open { follower, health, seen, asking, tables, snapshot, _tasks: [looking, asking_connect] }
     }
 
-    /// Reads along: the transaction topic and the heartbeats from now on, the tables from their beginning while the snapshot is read.
+    /// Reads along: the transaction topic from where it was left, the heartbeats from now on, the tables from their beginning while the snapshot is read.
     async fn follow(&self, asking: &topics::Topics, tables: &BTreeSet<TableId>, with_tables: bool) -> Result<Follower<Told>, Error> {
-        let signs = BTreeSet::from([self.topics.boundaries(), self.topics.heartbeat()]);
-        let mut lanes: Vec<(Lane, i64)> = asking.watermarks(signs).await?.into_iter().map(|(lane, marks)| (lane, marks.end)).collect();
+        let boundaries = self.topics.boundaries();
+        let signs = BTreeSet::from([boundaries.clone(), self.topics.heartbeat()]);
+        let from = |lane: &Lane, marks: &topics::Watermarks| match self.boundaries_from {
+            Some(from) if *lane.topic == *boundaries => from.clamp(marks.first, marks.end),
+            _ => marks.end,
+        };
+        let mut lanes: Vec<(Lane, i64)> = asking.watermarks(signs).await?.into_iter().map(|(lane, marks)| (lane.clone(), from(&lane, &marks))).collect();
         if with_tables {
             let topics = tables.iter().map(|it| self.topics.table(it)).collect();
             lanes.extend(asking.watermarks(topics).await?.into_iter().map(|(lane, marks)| (lane, marks.first)));

@@ -32,6 +32,8 @@ pub(super) struct End {
     pub(super) committed_at_ms: i64,
     /// Events by table, `public.customers`.
     pub(super) events: Vec<(String, u64)>,
+    /// Where the transaction topic goes on behind it.
+    pub(super) next_offset: i64,
 }
 
 #[derive(Deserialize)]
@@ -75,19 +77,19 @@ pub(super) fn told(topics: &Topics, message: &BorrowedMessage<'_>) -> Option<Tol
     if topic == topics.heartbeat() {
         return Some(Told::Heartbeat);
     }
-    if topic == topics.boundaries() {
-        return end_of(message.payload()?).map(Told::End);
-    }
     let next_offset = message.offset() + 1;
+    if topic == topics.boundaries() {
+        return end_of(message.payload()?, next_offset).map(Told::End);
+    }
     Some(Told::Row { lane: lane_of(message), next_offset, lsn: message.payload().and_then(read_at) })
 }
 
-fn end_of(value: &[u8]) -> Option<End> {
+fn end_of(value: &[u8], next_offset: i64) -> Option<End> {
     let boundary: Boundary<'_> = serde_json::from_slice(value).ok()?;
     let lsn = boundary.id.rsplit_once(':')?.1.parse().ok()?;
     let owed = boundary.data_collections.unwrap_or_default();
     let events = owed.into_iter().map(|it| (it.data_collection.into_owned(), it.event_count)).collect();
-    (boundary.status == "END").then_some(End { lsn: Lsn(lsn), committed_at_ms: boundary.ts_ms, events })
+    (boundary.status == "END").then_some(End { lsn: Lsn(lsn), committed_at_ms: boundary.ts_ms, events, next_offset })
 }
 
 /// Where in the WAL the snapshot stood that read this row; None for a row that streamed.
@@ -108,11 +110,11 @@ mod tests {
     #[test]
     fn an_end_counts_what_a_commit_changed() {
         let value = br#"{"status":"END","id":"201093:629724488","event_count":3,"data_collections":[{"data_collection":"public.customers","event_count":1},{"data_collection":"public.accounts","event_count":2}],"ts_ms":1795332210639}"#;
-        let end = end_of(value).expect("an END");
-        assert_eq!((end.lsn, end.committed_at_ms), (Lsn(629_724_488), 1_795_332_210_639));
+        let end = end_of(value, 8).expect("an END");
+        assert_eq!((end.lsn, end.committed_at_ms, end.next_offset), (Lsn(629_724_488), 1_795_332_210_639, 8));
         assert_eq!(end.events, [("public.customers".to_owned(), 1), ("public.accounts".to_owned(), 2)]);
-        assert_eq!(end_of(br#"{"status":"BEGIN","id":"1:2","event_count":null,"data_collections":null,"ts_ms":1}"#), None);
-        assert_eq!(end_of(b"{"), None);
+        assert_eq!(end_of(br#"{"status":"BEGIN","id":"1:2","event_count":null,"data_collections":null,"ts_ms":1}"#, 1), None);
+        assert_eq!(end_of(b"{", 1), None);
     }
 
     #[test]

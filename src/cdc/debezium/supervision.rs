@@ -150,6 +150,7 @@ impl Capture {
 
     /// Counts a commit once: after a restart Debezium tells it again, with the same position.
     fn count(&mut self, end: &End) {
+        self.boundaries_from = Some(end.next_offset);
         if end.lsn <= self.last_end {
             return;
         }

@@ -133,7 +133,8 @@ async fn a_store_that_asks_to_slow_down_is_asked_again_later() {
         }
         requests.fetch_add(1, Ordering::SeqCst);
         match refusals.fetch_add(1, Ordering::SeqCst) {
-            0 | 1 => slow_down(),
+            0 => slow_down(),
+            1 => answer("429 Too Many Requests", "retry-after: 10\r\n", "TooManyRequests"),
             _ => Answer::Pass,
         }
     });

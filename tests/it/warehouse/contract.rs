@@ -1,7 +1,7 @@
 //! What every warehouse promises, asked of each: of PostgreSQL here, of Snowflake beside this.
 
 use ledgerline::{
-    change::Lsn,
+    change::{Lsn, Topics},
     kpi, lake,
     stream::Lane,
     warehouse::{Position, SnapshotEnds, Warehouse, load, reconcile},
@@ -82,6 +82,8 @@ pub(super) async fn loads_each_object_once(ground: Ground) {
     }
     assert_eq!(number(&ground, "select cast(sum(end_offset) * 10 + count(*) as integer) from raw._snapshot_ends").await, 72);
     lake::log::lanes(&ground.store).await.expect("the lake is as it was");
+    let other = load::discover(&ground.store, &ground.warehouse, &Topics::new("bank2")).await.expect_err("another capture is not put beside this one");
+    assert_eq!(other.to_string(), format!("the warehouse holds what was captured as {CUSTOMERS}, which is not of cdc.topic_prefix bank2"));
     ground.end().await;
 }
 
