@@ -226,6 +226,14 @@ impl Envelope {
         Ok(())
     }
 
+    /// A table of which no row is left (`t`). It has no key: it is about all of them.
+    pub(super) fn write_truncate(&mut self, table: &Table, origin: &Origin, now: SystemTime) {
+        self.key.clear();
+        self.value.clear();
+        self.value.extend_from_slice(b"{\"before\":null,\"after\":null");
+        self.rest(table, b't', origin, now);
+    }
+
     /// `pg_logical_emit_message`. The content may be anything, so it travels as base64.
     pub(super) fn write_message(&mut self, prefix: &str, content: &[u8], origin: &Origin, now: SystemTime) {
         self.key.clear();

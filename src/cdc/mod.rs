@@ -16,6 +16,7 @@
 mod admin;
 mod boundaries;
 mod catalog;
+mod context;
 mod copy_text;
 mod dead_letter;
 mod debezium;
@@ -80,6 +81,10 @@ pub struct Config {
     pub heartbeat: Span,
     /// BEGIN and END of every commit on the transaction topic; the warehouse needs them to show whole payments only.
     pub transaction_metadata: bool,
+    /// Which operations leave no event, Debezium's `skipped.operations`.
+    pub skipped_operations: SkippedOperations,
+    /// Headers that say which connector an event came through, Debezium's `extended.headers.enabled`.
+    pub extended_headers: bool,
     /// Of Kafka Connect's user; from the environment only.
     #[serde(skip)]
     pub connect_password: Option<Secret>,
@@ -143,6 +148,26 @@ impl SnapshotMode {
     }
 }
 
+/// As Debezium writes them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SkippedOperations {
+    /// TRUNCATE leaves no event.
+    #[default]
+    T,
+    /// TRUNCATE is an event (`t`) of each table.
+    None,
+}
+
+impl SkippedOperations {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::T => "t",
+            Self::None => "none",
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -158,6 +183,8 @@ impl Default for Config {
             snapshot: SnapshotMode::Initial,
             heartbeat: Span::from_secs(10),
             transaction_metadata: true,
+            skipped_operations: SkippedOperations::T,
+            extended_headers: true,
             connect_password: None,
         }
     }

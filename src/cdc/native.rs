@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
-    Config, SnapshotMode, catalog,
+    Config, SkippedOperations, SnapshotMode, catalog, context,
     envelope::Envelope,
     error::Error,
     health::{self, Health},
@@ -37,7 +37,11 @@ use crate::{
     fault::chain,
     secret::Secret,
     stage::{Control, Phase},
-    stream::{self, producer::Producer, topics},
+    stream::{
+        self,
+        producer::{Headers, Producer},
+        topics,
+    },
 };
 
 const RETRY_FIRST: Duration = Duration::from_millis(200);
@@ -162,6 +166,7 @@ impl Capture {
         let bytes_max = prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         let producer = Arc::new(Producer::new(&self.bootstrap_servers, bytes_max)?);
         let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
+        let context = self.config.extended_headers.then(|| context::headers(&self.config.topic_prefix));
         let (client, snapshot, confirmed, last_commit) = match start {
             Start::Resume { snapshot, confirmed } => {
                 let last_commit = self.recall(&asking, snapshot, confirmed).await?;
@@ -172,7 +177,7 @@ impl Capture {
                     tracing::warn!(slot = name, "no snapshot was finished with this slot, starting over");
                     slot::drop_slot(&mut connection, &name).await?;
                 }
-                let (client, snapshot) = self.begin(&mut store, &asking, &producer, &mut envelope, &tables, control).await?;
+                let (client, snapshot) = self.begin(&mut store, &asking, (&producer, &mut envelope, context.as_ref()), &tables, control).await?;
                 (client, snapshot, snapshot, None)
             }
         };
@@ -183,6 +188,8 @@ impl Capture {
             source: self.source.clone(),
             topics: self.topics.clone(),
             transaction_metadata: self.config.transaction_metadata,
+            skips_truncate: self.config.skipped_operations == SkippedOperations::T,
+            context,
             heartbeat: *self.config.heartbeat,
             snapshot,
             confirmed,
@@ -212,8 +219,7 @@ impl Capture {
         &mut self,
         store: &mut Store,
         asking: &topics::Topics,
-        producer: &Producer,
-        envelope: &mut Envelope,
+        (producer, envelope, context): (&Producer, &mut Envelope, Option<&Headers>),
         tables: &BTreeSet<TableId>,
         control: &Control<Stats>,
     ) -> Result<(Replication, Lsn), Error> {
@@ -223,7 +229,7 @@ impl Capture {
         if self.config.snapshot == SnapshotMode::Initial {
             tracing::info!(tables = tables.len(), lsn = %made.consistent_point, "taking the snapshot");
             let (source, topics) = (self.source.clone(), self.topics.clone());
-            let plan = snapshot::Plan { source: &source, tables, topics: &topics, snapshot: &made.snapshot, consistent_point: made.consistent_point };
+            let plan = snapshot::Plan { source: &source, tables, topics: &topics, snapshot: &made.snapshot, consistent_point: made.consistent_point, context };
             let tell = |progress: &super::SnapshotProgress, table: &str, rows: u64| {
                 self.stats.snapshot = Some(progress.clone());
                 if !table.is_empty() {

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     change::{Lsn, TableId, Topics},
-    stream::producer::{Outgoing, Producer, Receipt},
+    stream::producer::{Headers, Outgoing, Producer, Receipt},
 };
 
 /// How often progress is told.
@@ -36,6 +36,8 @@ pub(super) struct Plan<'a> {
     /// Exported by the slot.
     pub(super) snapshot: &'a str,
     pub(super) consistent_point: Lsn,
+    /// On every event.
+    pub(super) context: Option<&'a Headers>,
 }
 
 /// Reads every table and sends its rows; returns once the broker has them all.
@@ -62,7 +64,8 @@ pub(super) async fn take(
     // The low half, as the WAL has it.
     let xid = u32::try_from(xid & i64::from(u32::MAX)).ok();
     let origin = Origin { lsn: plan.consistent_point.0, at_us, xid, previous_commit: None, snapshot: None, order: None };
-    let mut reader = Reader { envelope, producer, origin, receipt: Receipt::open(), held: None, now: SystemTime::UNIX_EPOCH, rows_by_clock: 0 };
+    let mut reader =
+        Reader { envelope, producer, context: plan.context, origin, receipt: Receipt::open(), held: None, now: SystemTime::UNIX_EPOCH, rows_by_clock: 0 };
     for (place, id) in plan.tables.iter().enumerate() {
         let table = catalog::describe(&mut connection, id, plan.topics).await?;
         progress.table = Some(id.to_string());
@@ -104,6 +107,7 @@ struct Held {
 struct Reader<'a> {
     envelope: &'a mut Envelope,
     producer: &'a Producer,
+    context: Option<&'a Headers>,
     origin: Origin,
     receipt: Arc<Receipt>,
     held: Option<Held>,
@@ -159,7 +163,8 @@ impl Reader<'_> {
         self.rows_by_clock -= 1;
         self.envelope.write_new(table, b'r', row.values(), &origin, self.now).map_err(unreadable)?;
         let key = table.has_key().then_some(&*self.envelope.key);
-        let outgoing = Outgoing { topic: &table.topic, partition: None, key, value: Some(&self.envelope.value), headers: &[], timestamp_ms: millis(self.now) };
+        let outgoing =
+            Outgoing { topic: &table.topic, partition: None, key, value: Some(&self.envelope.value), headers: self.context, timestamp_ms: millis(self.now) };
         Ok(self.producer.send(outgoing, &self.receipt).await?)
     }
 }

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     change::{Lsn, Topics},
     latency::Histogram,
-    stream::producer::{Outgoing, Producer, Receipt},
+    stream::producer::{Headers, Outgoing, Producer, Receipt},
 };
 
 /// PostgreSQL counts microseconds from 2000, the rest of the world from 1970.
@@ -45,6 +45,9 @@ pub(super) struct Setup {
     pub(super) source: Source,
     pub(super) topics: Topics,
     pub(super) transaction_metadata: bool,
+    pub(super) skips_truncate: bool,
+    /// On every event of a table.
+    pub(super) context: Option<Headers>,
     pub(super) heartbeat: Duration,
     /// Where the slot began.
     pub(super) snapshot: Lsn,
@@ -175,9 +178,12 @@ impl Streaming {
                 Ok(Flow::On)
             }
             Ok(Message::Truncate { relations }) => {
+                stats.truncates += 1;
+                if !self.setup.skips_truncate {
+                    return self.truncate(lsn, &relations).await;
+                }
                 let tables: Vec<String> = relations.iter().filter_map(|id| Some(self.tables.get(id)?.table.id.to_string())).collect();
                 tracing::warn!(?tables, %lsn, "a table was truncated; as with Debezium's defaults, no event tells so");
-                stats.truncates += 1;
                 self.begin(lsn).await
             }
             Ok(Message::Other) => Ok(Flow::On),
@@ -217,8 +223,26 @@ impl Streaming {
         boundaries::write_key(key, transaction, lsn.0);
         boundaries::write_begin(value, transaction, lsn.0);
         let outgoing =
-            Outgoing { topic: &self.boundaries_topic, partition: Some(0), key: Some(key), value: Some(value), headers: &[], timestamp_ms: millis(self.now) };
+            Outgoing { topic: &self.boundaries_topic, partition: Some(0), key: Some(key), value: Some(value), headers: None, timestamp_ms: millis(self.now) };
         send(&self.producer, &self.stop, outgoing, &self.receipt).await
+    }
+
+    /// One event for each table, without a key: it is about all rows.
+    async fn truncate(&mut self, lsn: Lsn, relations: &[u32]) -> Result<Flow, Error> {
+        let mut flow = self.begin(lsn).await?;
+        for relation in relations {
+            let Some(Described { table, .. }) = self.tables.get(relation) else { continue };
+            if let Flow::Stopped = flow {
+                break;
+            }
+            let order = self.transaction.as_mut().map(|it| it.count(*relation)).filter(|_| self.setup.transaction_metadata);
+            let (xid, at_us) = self.transaction.as_ref().map_or((None, 0), |it| (Some(it.xid), it.committed_at_us));
+            let origin = Origin { lsn: lsn.0, at_us, xid, previous_commit: self.last_commit.map(|it| it.0), snapshot: None, order };
+            self.envelope.write_truncate(table, &origin, self.now);
+            let wire = Wire { producer: &self.producer, stop: &self.stop, receipt: &self.receipt, now: self.now, context: self.setup.context.as_ref() };
+            flow = wire.event(table, &self.envelope).await?;
+        }
+        Ok(flow)
     }
 
     async fn row(&mut self, lsn: Lsn, data: &[u8], relation: u32, row: Row<'_>, stats: &mut Stats) -> Result<Flow, Error> {
@@ -234,18 +258,18 @@ impl Streaming {
             return self.dead_letter(lsn, data, Some(relation), &Poison::UnknownRelation { relation }, stats).await;
         };
         let now = self.now;
-        let wire = Wire { producer: &self.producer, stop: &self.stop, receipt: &self.receipt, now };
+        let wire = Wire { producer: &self.producer, stop: &self.stop, receipt: &self.receipt, now, context: self.setup.context.as_ref() };
         let sent = match row {
             Row::Insert(new) => match self.envelope.write_new(table, b'c', new.values(), &origin, now) {
-                Ok(()) => wire.event(table, &self.envelope, &[]).await.map(|flow| (flow, Counted::Insert)),
+                Ok(()) => wire.event(table, &self.envelope).await.map(|flow| (flow, Counted::Insert)),
                 Err(poison) => return self.dead_letter(lsn, data, Some(relation), &poison, stats).await,
             },
             Row::Delete(old) => match self.envelope.write_delete(table, &old, &origin, now) {
-                Ok(()) => wire.deletion(table, &self.envelope, &[]).await.map(|flow| (flow, Counted::Delete)),
+                Ok(()) => wire.deletion(table, &self.envelope).await.map(|flow| (flow, Counted::Delete)),
                 Err(poison) => return self.dead_letter(lsn, data, Some(relation), &poison, stats).await,
             },
             Row::Update(old, new) => match self.envelope.write_update(table, old.as_ref(), new, &origin, now) {
-                Ok(Update::Same) => wire.event(table, &self.envelope, &[]).await.map(|flow| (flow, Counted::Update)),
+                Ok(Update::Same) => wire.event(table, &self.envelope).await.map(|flow| (flow, Counted::Update)),
                 Ok(Update::Moved) => {
                     let Some(old) = old else { return Ok(Flow::On) };
                     let order = self.transaction.as_mut().map(|it| it.count(relation)).filter(|_| metadata);
@@ -286,7 +310,7 @@ impl Streaming {
         let out = &mut self.scratch.1;
         dead_letter::write(out, poison, table.map(|it| &it.id), data, self.transaction.as_ref().map(|it| it.xid), lsn);
         let outgoing =
-            Outgoing { topic: &self.dead_letters_topic, partition: Some(0), key: None, value: Some(out), headers: &[], timestamp_ms: millis(self.now) };
+            Outgoing { topic: &self.dead_letters_topic, partition: Some(0), key: None, value: Some(out), headers: None, timestamp_ms: millis(self.now) };
         send(&self.producer, &self.stop, outgoing, &self.receipt).await
     }
 
@@ -303,7 +327,7 @@ impl Streaming {
                 partition: Some(0),
                 key: Some(key),
                 value: Some(value),
-                headers: &[],
+                headers: None,
                 timestamp_ms: millis(self.now),
             };
             flow = send(&self.producer, &self.stop, outgoing, &self.receipt).await?;
@@ -338,7 +362,7 @@ impl Streaming {
             partition: None,
             key: Some(&self.envelope.key),
             value: Some(&self.envelope.value),
-            headers: &[],
+            headers: None,
             timestamp_ms: millis(self.now),
         };
         let flow = send(&self.producer, &self.stop, outgoing, &self.receipt).await?;
@@ -393,17 +417,16 @@ impl Streaming {
     /// Writes the position down, in a heartbeat. With a full queue nothing happens, the next one will do.
     fn write_position(&mut self, now: Instant, stats: &mut Stats) -> Result<(), Error> {
         let position = Position { snapshot: self.setup.snapshot, confirmed: self.position, last_commit: self.last_commit };
-        let header = position.to_header();
         let at = SystemTime::now();
         let value = heartbeat::value(at);
         let receipt = Receipt::open();
-        let headers = [(heartbeat::HEADER, header.as_slice())];
+        let headers = Headers::of(heartbeat::HEADER, &position.to_header());
         let outgoing = Outgoing {
             topic: &self.heartbeat_topic,
             partition: Some(0),
             key: Some(&self.heartbeat_key),
             value: Some(&value),
-            headers: &headers,
+            headers: Some(&headers),
             timestamp_ms: millis(at),
         };
         if self.producer.try_send(outgoing, &receipt)? {

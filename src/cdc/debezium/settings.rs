@@ -42,6 +42,7 @@ pub(super) fn wanted(config: &Config, source: &Source, tables: &BTreeSet<TableId
     let heartbeat_ms = config.heartbeat.as_millis().to_string();
     let include = tables.iter().map(|it| format!("{}\\.{}", quoted(&it.schema), quoted(&it.table))).collect::<Vec<_>>().join(",");
     let (snapshot, metadata) = (snapshot_mode(config.snapshot), config.transaction_metadata.to_string());
+    let extended_headers = config.extended_headers.to_string();
     let (request_bytes, action) = (MESSAGE_BYTES_MAX.to_string(), heartbeat_statement());
     let mut settings: Settings = [
         ("connector.class", CLASS),
@@ -66,6 +67,8 @@ pub(super) fn wanted(config: &Config, source: &Source, tables: &BTreeSet<TableId
         ("decimal.handling.mode", "string"),
         ("tombstones.on.delete", "true"),
         ("provide.transaction.metadata", &metadata),
+        ("skipped.operations", config.skipped_operations.as_str()),
+        ("extended.headers.enabled", &extended_headers),
         ("heartbeat.interval.ms", &heartbeat_ms),
         // Without a commit in its own database the slot would hold back the WAL of all others.
         ("heartbeat.action.query", &action),
