@@ -34,9 +34,10 @@ pub(super) async fn check_server(connection: &mut PgConnection) -> Result<(), Er
 
 /// The tables that `cdc.tables` names, by schema and name in byte order, as Debezium snapshots them.
 pub(super) async fn wanted_tables(connection: &mut PgConnection, config: &Config) -> Result<BTreeSet<TableId>, Error> {
-    // Partitions are captured one by one, their root holds no rows of its own. Our own state is never captured.
+    // A partitioned table has no changes of its own, those are its partitions'; its snapshot is read as Debezium reads it.
+    // Our own state is never captured.
     const TABLES: &str = "select n.nspname, c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace
-        where c.relkind = 'r' and c.relpersistence = 'p' and n.nspname not in ('pg_catalog', 'information_schema', 'ledgerline')";
+        where c.relkind in ('r', 'p') and c.relpersistence = 'p' and n.nspname not in ('pg_catalog', 'information_schema', 'ledgerline')";
     let sql = |source| Error::Sql { what: "list the source's tables", source };
     let all: Vec<(String, String)> = sqlx::query_as(TABLES).fetch_all(connection).await.map_err(sql)?;
     let all: BTreeSet<TableId> = all.into_iter().map(|(schema, table)| TableId { schema, table }).collect();
@@ -47,9 +48,15 @@ fn choose(all: &BTreeSet<TableId>, tables: &[String], exclude: &[String]) -> Res
     if let Some(missing) = tables.iter().find(|it| !it.contains('*') && !all.iter().any(|table| table.to_string() == **it)) {
         return Err(Error::NoSuchTable { table: missing.clone() });
     }
-    let named = |patterns: &[String], name: &str| patterns.iter().any(|pattern| matches(pattern, name));
-    let chosen: BTreeSet<TableId> = all.iter().filter(|it| named(tables, &it.to_string()) && !named(exclude, &it.to_string())).cloned().collect();
+    let chosen: BTreeSet<TableId> = all.iter().filter(|it| is_wanted(tables, exclude, it)).cloned().collect();
     if chosen.is_empty() { Err(Error::NoTables) } else { Ok(chosen) }
+}
+
+/// Whether `cdc.tables` and `cdc.tables_exclude` name the table.
+pub(super) fn is_wanted(tables: &[String], exclude: &[String], table: &TableId) -> bool {
+    let name = table.to_string();
+    let named = |patterns: &[String]| patterns.iter().any(|pattern| matches(pattern, &name));
+    named(tables) && !named(exclude)
 }
 
 /// Whether `*` in the pattern, standing for any text, makes it the name.
@@ -74,11 +81,14 @@ pub(super) async fn published(connection: &mut PgConnection, publication: &str) 
     if !found.try_get::<bool, _>(0).map_err(sql)? {
         return Err(Error::PublicationPartial { publication: publication.to_owned() });
     }
-    let tables: Vec<(String, String)> = sqlx::query_as("select schemaname::text, tablename::text from pg_publication_tables where pubname = $1")
-        .bind(publication)
-        .fetch_all(connection)
-        .await
-        .map_err(sql)?;
+    // A published partitioned table is shown as its partitions.
+    const TABLES: &str = "select schemaname::text, tablename::text from pg_publication_tables where pubname = $1
+        union select n.nspname::text, c.relname::text
+        from pg_publication p join pg_class c on c.relkind = 'p' join pg_namespace n on n.oid = c.relnamespace
+        where p.pubname = $1 and (p.puballtables
+            or exists (select from pg_publication_rel r where r.prpubid = p.oid and r.prrelid = c.oid)
+            or exists (select from pg_publication_namespace s where s.pnpubid = p.oid and s.pnnspid = n.oid))";
+    let tables: Vec<(String, String)> = sqlx::query_as(TABLES).bind(publication).fetch_all(connection).await.map_err(sql)?;
     Ok(Some(tables.into_iter().map(|(schema, table)| TableId { schema, table }).collect()))
 }
 
@@ -111,6 +121,14 @@ pub(super) async fn has_rows(connection: &mut PgConnection, table: &TableId) -> 
     let statement = format!("select exists (select from only {})", full_name(table));
     let found = sqlx::query_scalar(AssertSqlSafe(statement)).fetch_one(connection).await;
     found.map_err(|source| Error::Sql { what: "look for rows of a table", source })
+}
+
+/// What a table's rows are selected from: its own alone, not its heirs'; a partitioned table has none, so its partitions'.
+pub(super) async fn rows_of(connection: &mut PgConnection, table: &TableId) -> Result<String, Error> {
+    let name = full_name(table);
+    let asked = sqlx::query_scalar("select relkind = 'p' from pg_class where oid = $1::regclass").bind(&name).fetch_one(connection).await;
+    let is_partitioned: bool = asked.map_err(|source| Error::Sql { what: "describe a table", source })?;
+    Ok(if is_partitioned { name } else { format!("only {name}") })
 }
 
 pub(super) fn full_name(table: &TableId) -> String {

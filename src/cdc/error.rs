@@ -193,16 +193,15 @@ fn rejected_remedy(fields: &[(String, String)]) -> String {
     "correct the keys of [cdc] these settings come from; the worker's log has the whole story".to_owned()
 }
 
+const FIT_TLS: &str = "make sslmode in the address fit the server (disable, prefer, require, verify-ca, verify-full); to verify, \
+                       sslrootcert names the file with its authority's certificate, and with verify-full the host must be one the server's certificate names";
+
 fn sql_fault(error: &sqlx::Error) -> Fault {
     match error {
         sqlx::Error::Database(database) => database.code().map_or(Fault::Bug, |code| state_fault(&code)),
+        sqlx::Error::Tls(_) => Fault::Operator(FIT_TLS.to_owned()),
         sqlx::Error::Configuration(_) => Fault::Operator("correct the address of the database".to_owned()),
-        sqlx::Error::Io(_)
-        | sqlx::Error::Tls(_)
-        | sqlx::Error::Protocol(_)
-        | sqlx::Error::PoolTimedOut
-        | sqlx::Error::PoolClosed
-        | sqlx::Error::WorkerCrashed => Fault::Transient,
+        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => Fault::Transient,
         _ => Fault::Bug,
     }
 }
@@ -210,7 +209,7 @@ fn sql_fault(error: &sqlx::Error) -> Fault {
 fn replication_fault(error: &PgWireError) -> Fault {
     match error {
         PgWireError::Auth(_) => state_fault("28P01"),
-        PgWireError::Tls(_) => Fault::Operator("offer the source without TLS, or on the same host".to_owned()),
+        PgWireError::Tls(_) => Fault::Operator(FIT_TLS.to_owned()),
         PgWireError::MessageTooLarge { .. } => Fault::Operator("a row is larger than we carry: leave its table out (cdc.tables_exclude)".to_owned()),
         PgWireError::Server(text) => match sql_state(text) {
             // The walsender's words for these two are clearer than their code.
@@ -229,7 +228,7 @@ fn state_fault(code: &str) -> Fault {
     match code.get(..2) {
         // Connection failures, the server stopping or starting, deadlocks and serialization: they pass.
         Some("08" | "57" | "40" | "53" | "58" | "XX") => Fault::Transient,
-        Some("28") => Fault::Operator("correct user and password in the address".to_owned()),
+        Some("28") => Fault::Operator("correct user and password in the address, or its sslmode where the server wants TLS".to_owned()),
         Some("3D") => Fault::Operator("create the database, or correct its name in the address".to_owned()),
         Some("42") if code == "42501" => {
             Fault::Operator("give the user the rights: select on the tables, create on the database (for the publication), replication".to_owned())

@@ -24,6 +24,7 @@ mod envelope;
 mod error;
 mod health;
 mod heartbeat;
+mod joining;
 mod json;
 mod ledger;
 mod moments;

@@ -22,6 +22,7 @@ use super::{
     error::Error,
     health::{self, Health},
     heartbeat::{self, Memory, Position},
+    joining::{self, Joined},
     patience::Patience,
     prepare,
     progress::{LaneEnd, Store},
@@ -30,7 +31,7 @@ use super::{
     snapshot,
     source::Source,
     stats::{Stats, Step},
-    streaming::{Setup, Streaming},
+    streaming::{Filter, Setup, Streaming},
 };
 use crate::{
     change::{Lsn, TableId, Topics},
@@ -132,7 +133,8 @@ struct Open {
     client: Replication,
     streaming: Streaming,
     health: watch::Receiver<Option<Health>>,
-    _watching: AbortOnDropHandle<()>,
+    joined: watch::Receiver<Joined>,
+    _watching: [AbortOnDropHandle<()>; 2],
 }
 
 impl Capture {
@@ -154,12 +156,12 @@ impl Capture {
         let mut connection = self.source.connect().await?;
         catalog::check_server(&mut connection).await?;
         let mut store = Store::open(&self.state, &self.config.topic_prefix).await?;
-        let tables = catalog::wanted_tables(&mut connection, &self.config).await?;
+        let wanted = catalog::wanted_tables(&mut connection, &self.config).await?;
         let progress = store.read().await?;
         let name = self.config.slot.clone();
         let found = slot::wait_until_free(&mut connection, &name, |text| self.tell(control, Step::Connecting, Some(text))).await?;
         let start = slot::decide(&name, &self.source.database, found.as_ref(), progress.as_ref())?;
-        let published = prepare::publish(&mut connection, &self.config, &tables, matches!(start, Start::Resume { .. }), false).await?;
+        let published = prepare::publish(&mut connection, &self.config, &wanted, matches!(start, Start::Resume { .. }), false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
         let asking = topics::Topics::connect(&self.bootstrap_servers)?;
@@ -188,6 +190,10 @@ impl Capture {
             source: self.source.clone(),
             topics: self.topics.clone(),
             transaction_metadata: self.config.transaction_metadata,
+            filter: Filter::new(&self.config, &self.stats.uncaptured),
+            made: tables.iter().map(|it| self.topics.table(it)).collect(),
+            stream: self.stream.clone(),
+            asking,
             skips_truncate: self.config.skipped_operations == SkippedOperations::T,
             context,
             heartbeat: *self.config.heartbeat,
@@ -197,7 +203,10 @@ impl Capture {
         };
         let (seen, health) = watch::channel(None);
         let watching = AbortOnDropHandle::new(tokio::spawn(health::watch(self.source.clone(), name, self.config.publication.clone(), seen)));
-        Ok(Open { client, streaming: Streaming::new(setup, envelope, producer, control.stop.clone()), health, _watching: watching })
+        let (joins, joined) = watch::channel(Joined { tables: wanted, uncaptured: self.stats.uncaptured.clone() });
+        let joining = AbortOnDropHandle::new(tokio::spawn(joining::watch(self.source.clone(), self.config.clone(), joins)));
+        let streaming = Streaming::new(setup, envelope, producer, control.stop.clone());
+        Ok(Open { client, streaming, health, joined, _watching: [watching, joining] })
     }
 
     /// Asks the heartbeat topic whether the slot stands where we left it; the commit before its position.
@@ -250,7 +259,7 @@ impl Capture {
     }
 
     async fn stream(&mut self, open: Open, control: &mut Control<Stats>) -> Result<(), Error> {
-        let Open { mut client, mut streaming, mut health, _watching } = open;
+        let Open { mut client, mut streaming, mut health, mut joined, _watching } = open;
         let before = self.stats.clone();
         let producer = streaming.producer();
         let mut phase = *control.wanted.borrow();
@@ -264,6 +273,10 @@ impl Capture {
                 Ok(()) = health.changed() => {
                     let seen = health.borrow_and_update().clone();
                     self.see(seen)?;
+                }
+                Ok(()) = joined.changed() => {
+                    self.stats.uncaptured.clone_from(&joined.borrow_and_update().uncaptured);
+                    streaming.leave_out(&self.stats.uncaptured);
                 }
                 _ = ticks.tick() => {
                     streaming.beat(Instant::now(), &mut self.stats)?;

@@ -114,6 +114,7 @@ pub(super) async fn find(connection: &mut PgConnection, name: &str) -> Result<Op
             confirmed_flush_lsn: lsn("confirmed")?,
             restart_lsn: lsn("restart")?,
             safe_wal_bytes: row.try_get("safe_wal_size").map_err(failed)?,
+            seconds_left: None,
         },
         invalidation: row.try_get("invalidation").map_err(failed)?,
     }))

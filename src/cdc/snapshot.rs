@@ -120,7 +120,8 @@ impl Reader<'_> {
     async fn read_table(&mut self, connection: &mut PgConnection, table: Arc<Table>, first_table: bool, mut tell: impl FnMut(u64)) -> Result<(), Error> {
         let sql = |source| Error::Sql { what: "copy a table out of the source", source };
         let columns: Vec<String> = table.column_names().map(quoted).collect();
-        let statement = format!("copy (select {} from only {}) to stdout", columns.join(", "), catalog::full_name(&table.id));
+        let rows = catalog::rows_of(connection, &table.id).await?;
+        let statement = format!("copy (select {} from {rows}) to stdout", columns.join(", "));
         let mut lines = connection.copy_out_raw(&statement).await.map_err(sql)?;
         let mut row = CopyRow::default();
         let mut rows = 0_u64;

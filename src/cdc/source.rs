@@ -1,8 +1,8 @@
 //! Connections to the source: for SQL, and for replication, with one set of session settings for both.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
-use pgwire_replication::{ReplicationConfig, TlsConfig};
+use pgwire_replication::{ReplicationConfig, SslMode, TlsConfig};
 use sqlx::{
     Connection as _,
     postgres::{PgConnectOptions, PgConnection, PgSslMode},
@@ -32,6 +32,7 @@ pub(super) struct Source {
     port: u16,
     user: String,
     password: Secret,
+    tls: TlsConfig,
     pub(super) database: String,
 }
 
@@ -49,6 +50,7 @@ impl Source {
             port: options.get_port(),
             user: options.get_username().to_owned(),
             password: Secret::new(password),
+            tls: tls(&options, &parsed),
             database: options.get_database().unwrap_or(options.get_username()).to_owned(),
             options,
         })
@@ -84,7 +86,7 @@ impl Source {
         let settings: Vec<String> = SETTINGS.iter().map(|(name, value)| format!("-c {name}={value}")).collect();
         ReplicationConfig::new(&self.host, &self.user, self.password.reveal(), &self.database, slot, publication)
             .with_port(self.port)
-            .with_tls(TlsConfig::disabled())
+            .with_tls(self.tls.clone())
             .with_options(settings.join(" "))
             .with_application_name("ledgerline-cdc")
             .with_status_interval(STATUS_INTERVAL)
@@ -127,7 +129,42 @@ pub(super) fn quoted(name: &str) -> String {
 
 fn options(url: &Secret) -> Result<PgConnectOptions, Error> {
     let options: PgConnectOptions = url.reveal().parse().map_err(|_| Error::Address { reason: "it cannot be read" })?;
-    Ok(options.ssl_mode(PgSslMode::Disable).application_name("ledgerline-cdc").options(SETTINGS))
+    let names_an_authority = url::Url::parse(url.reveal()).is_ok_and(|it| parameter(&it, &ROOT_CERTIFICATE).is_some());
+    let mode = match options.get_ssl_mode() {
+        // As libpq has it: who names an authority wants it asked.
+        PgSslMode::Require if names_an_authority => PgSslMode::VerifyCa,
+        mode => mode,
+    };
+    Ok(options.ssl_mode(mode).application_name("ledgerline-cdc").options(SETTINGS))
+}
+
+/// libpq's names of these, and sqlx's.
+const ROOT_CERTIFICATE: [&str; 3] = ["sslrootcert", "ssl-root-cert", "ssl-ca"];
+const CERTIFICATE: [&str; 2] = ["sslcert", "ssl-cert"];
+const KEY: [&str; 2] = ["sslkey", "ssl-key"];
+
+fn parameter(url: &url::Url, names: &[&str]) -> Option<PathBuf> {
+    url.query_pairs().find(|(name, _)| names.contains(&name.as_ref())).map(|(_, value)| PathBuf::from(value.into_owned()))
+}
+
+/// For the replication connection what sqlx reads out of the address for the others.
+fn tls(options: &PgConnectOptions, url: &url::Url) -> TlsConfig {
+    let mode = match options.get_ssl_mode() {
+        // With "allow" plain comes first, and no server refuses that but one that asks for TLS.
+        PgSslMode::Disable | PgSslMode::Allow => SslMode::Disable,
+        PgSslMode::Prefer => SslMode::Prefer,
+        PgSslMode::Require => SslMode::Require,
+        PgSslMode::VerifyCa => SslMode::VerifyCa,
+        PgSslMode::VerifyFull => SslMode::VerifyFull,
+    };
+    TlsConfig {
+        mode,
+        ca_pem_path: parameter(url, &ROOT_CERTIFICATE),
+        // Otherwise an IP address is refused, though a certificate may well name one.
+        sni_hostname: Some(options.get_host().to_owned()),
+        client_cert_pem_path: parameter(url, &CERTIFICATE),
+        client_key_pem_path: parameter(url, &KEY),
+    }
 }
 
 async fn connect(options: &PgConnectOptions, what: &'static str) -> Result<PgConnection, Error> {
@@ -166,6 +203,20 @@ mod tests {
         let source = Source::new(&Secret::new("postgres://bank%40x:p%25w%2Fd@db:6543/ledger?application_name=x")).expect("valid");
         assert_eq!((source.host.as_str(), source.port, source.user.as_str(), source.password.reveal()), ("db", 6543, "bank@x", "p%w/d"));
         assert_eq!(source.database, "ledger");
+    }
+
+    #[test]
+    fn tls_is_what_libpq_means_by_the_same_words() {
+        let of = |query: &str| {
+            let source = Source::new(&Secret::new(format!("postgres://bank@10.0.0.7/bank{query}"))).expect("valid");
+            assert_eq!(source.tls.mode.requires_tls(), !matches!(source.options.get_ssl_mode(), PgSslMode::Disable | PgSslMode::Allow | PgSslMode::Prefer));
+            source.tls
+        };
+        assert_eq!(["", "?sslmode=disable", "?sslmode=require"].map(|it| of(it).mode), [SslMode::Prefer, SslMode::Disable, SslMode::Require]);
+        let verified = of("?sslmode=require&sslrootcert=%2Fetc%2Fca.pem");
+        assert_eq!((verified.mode, verified.ca_pem_path), (SslMode::VerifyCa, Some("/etc/ca.pem".into())));
+        let full = of("?sslmode=verify-full&sslcert=c.pem&sslkey=k.pem");
+        assert!(full.mode == SslMode::VerifyFull && full.is_mtls() && full.sni_hostname.as_deref() == Some("10.0.0.7"));
     }
 
     #[test]

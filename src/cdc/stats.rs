@@ -143,6 +143,17 @@ pub struct SlotHealth {
     pub restart_lsn: Lsn,
     /// WAL that may still be written before the slot is in danger; None where the server sets no limit.
     pub safe_wal_bytes: Option<i64>,
+    /// Seconds until then, at the rate of the last minute; None where there is no limit, or while the slot keeps up.
+    #[serde(default)]
+    pub seconds_left: Option<u64>,
+}
+
+impl SlotHealth {
+    /// Whether somebody should hear of it: WAL that is not safe any more, or will not be within the hour.
+    pub fn in_danger(&self) -> bool {
+        const WITHIN: u64 = 3600;
+        self.wal_status == "unreserved" || self.seconds_left.is_some_and(|it| it < WITHIN)
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

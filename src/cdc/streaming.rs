@@ -4,7 +4,7 @@
 //! described them, and the ledger of what is not yet acknowledged.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -15,6 +15,7 @@ use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    Config,
     boundaries::{self, Transaction},
     catalog::{self, KeyNames},
     dead_letter,
@@ -23,14 +24,18 @@ use super::{
     heartbeat::{self, Position},
     ledger::{Ledger, Meaning},
     pgoutput::{self, Message, Old, Relation, Tuple},
+    prepare,
     sending::{Flow, Sent, Wire, micros, millis, send},
     source::Source,
     stats::{Stats, TableStats},
 };
 use crate::{
-    change::{Lsn, Topics},
+    change::{Lsn, TableId, Topics},
     latency::Histogram,
-    stream::producer::{Headers, Outgoing, Producer, Receipt},
+    stream::{
+        self,
+        producer::{Headers, Outgoing, Producer, Receipt},
+    },
 };
 
 /// PostgreSQL counts microseconds from 2000, the rest of the world from 1970.
@@ -40,10 +45,34 @@ const POSITION_INTERVAL: Duration = Duration::from_secs(1);
 /// When all is acknowledged and only other tables' WAL moves, the slot follows this fast.
 const POSITION_INTERVAL_IDLE: Duration = Duration::from_millis(250);
 
+/// Which tables of the stream become events: a publication of somebody's own may hold more.
+#[derive(Debug)]
+pub(super) struct Filter {
+    tables: Vec<String>,
+    exclude: Vec<String>,
+    left_out: Vec<String>,
+}
+
+impl Filter {
+    /// Those that the configuration names, but for those that are left out.
+    pub(super) fn new(config: &Config, left_out: &[String]) -> Self {
+        Self { tables: config.tables.clone(), exclude: config.tables_exclude.clone(), left_out: left_out.to_vec() }
+    }
+
+    fn takes(&self, table: &TableId) -> bool {
+        catalog::is_wanted(&self.tables, &self.exclude, table) && !self.left_out.contains(&table.to_string())
+    }
+}
+
 /// What the streaming is told once.
 pub(super) struct Setup {
     pub(super) source: Source,
     pub(super) topics: Topics,
+    pub(super) filter: Filter,
+    /// Topics of tables that are there.
+    pub(super) made: HashSet<String>,
+    pub(super) stream: stream::Config,
+    pub(super) asking: stream::topics::Topics,
     pub(super) transaction_metadata: bool,
     pub(super) skips_truncate: bool,
     /// On every event of a table.
@@ -70,6 +99,8 @@ pub(super) struct Streaming {
     stop: CancellationToken,
     catalog: Option<PgConnection>,
     tables: HashMap<u32, Described>,
+    /// Relations of which nothing becomes an event.
+    foreign: HashSet<u32>,
     transaction: Option<Transaction>,
     /// Of the batch being filled.
     receipt: Arc<Receipt>,
@@ -111,6 +142,7 @@ impl Streaming {
             stop,
             catalog: None,
             tables: HashMap::new(),
+            foreign: HashSet::new(),
             transaction: None,
             receipt: Receipt::open(),
             ledger: Ledger::default(),
@@ -132,6 +164,11 @@ impl Streaming {
     /// Whether everything sent is acknowledged and every position written down.
     pub(super) fn is_settled(&self) -> bool {
         self.ledger.is_empty() && self.position <= self.written
+    }
+
+    /// These tables turned out to have rows from before they could be captured.
+    pub(super) fn leave_out(&mut self, tables: &[String]) {
+        self.setup.filter.left_out = tables.to_vec();
     }
 
     /// The events that follow came now.
@@ -177,7 +214,11 @@ impl Streaming {
                 self.describe(&relation).await?;
                 Ok(Flow::On)
             }
-            Ok(Message::Truncate { relations }) => {
+            Ok(Message::Truncate { mut relations }) => {
+                relations.retain(|id| !self.foreign.contains(id));
+                if relations.is_empty() {
+                    return Ok(Flow::On);
+                }
                 stats.truncates += 1;
                 if !self.setup.skips_truncate {
                     return self.truncate(lsn, &relations).await;
@@ -197,6 +238,17 @@ impl Streaming {
 
     /// Learns a table's shape. The catalog is asked each time: a key may have changed together with the columns.
     async fn describe(&mut self, relation: &Relation<'_>) -> Result<(), Error> {
+        let id = TableId { schema: relation.schema.to_owned(), table: relation.table.to_owned() };
+        if !self.setup.filter.takes(&id) {
+            self.foreign.insert(relation.id);
+            return Ok(());
+        }
+        self.foreign.remove(&relation.id);
+        let topic = self.setup.topics.table(&id);
+        if !self.setup.made.contains(&topic) {
+            prepare::ensure_topics(&self.setup.asking, &self.setup.topics, &BTreeSet::from([id]), &self.setup.stream).await?;
+            self.setup.made.insert(topic);
+        }
         let mut connection = match self.catalog.take() {
             Some(open) => open,
             None => self.setup.source.connect().await?,
@@ -246,6 +298,9 @@ impl Streaming {
     }
 
     async fn row(&mut self, lsn: Lsn, data: &[u8], relation: u32, row: Row<'_>, stats: &mut Stats) -> Result<Flow, Error> {
+        if !self.foreign.is_empty() && self.foreign.contains(&relation) {
+            return Ok(Flow::On);
+        }
         if let Flow::Stopped = self.begin(lsn).await? {
             return Ok(Flow::Stopped);
         }

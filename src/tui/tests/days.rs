@@ -105,6 +105,20 @@ fn of_two_that_are_equally_bad_the_cause_is_said() {
 }
 
 #[test]
+fn a_slot_that_will_be_lost_within_the_hour_is_told_with_the_time_left() {
+    let mut now = busy();
+    let slot = |now: &mut Snapshot, seconds| now.cdc.slot.as_mut().unwrap().seconds_left = Some(seconds);
+    slot(&mut now, 4_000);
+    assert_eq!(verdict(&now).level, Level::Well);
+    slot(&mut now, 840);
+    assert_eq!(verdict(&now).level, Level::Failed);
+    assert!(said(&now).starts_with("the replication slot is lost in 14 min"), "{}", said(&now));
+    now.cdc.slot.as_mut().unwrap().safe_wal_bytes = Some(64 << 20);
+    let text = picture(&judged(now), &mut on_screen(Pane::Stream, &busy()), (120, 36));
+    assert!(text.contains("slot in danger") && text.contains("safe for 64") && text.contains("14 min"), "{text}");
+}
+
+#[test]
 fn kpis_stand_still_only_while_money_moves_and_we_run() {
     let mut now = busy();
     let cut = |now: &mut Snapshot, ago: i64| {
