@@ -157,6 +157,36 @@ pub(super) async fn describe(connection: &mut PgConnection, id: &TableId, topics
     Ok(Table::new(id.clone(), topics.table(id), specs))
 }
 
+/// How many rows the planner expects.
+pub(super) async fn estimate(connection: &mut PgConnection, tables: impl IntoIterator<Item = &TableId>) -> Result<u64, Error> {
+    let names: Vec<String> = tables.into_iter().map(full_name).collect();
+    let rows: i64 = sqlx::query_scalar("select coalesce(sum(greatest(reltuples, 0)), 0)::bigint from pg_class where oid = any($1::text[]::regclass[])")
+        .bind(names)
+        .fetch_one(connection)
+        .await
+        .map_err(|source| Error::Sql { what: "estimate the rows of the snapshot", source })?;
+    Ok(u64::try_from(rows).unwrap_or(0))
+}
+
+/// A column of a primary key, and its type as a cast names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct KeyColumn {
+    pub(super) name: String,
+    pub(super) type_name: String,
+}
+
+/// The primary key of a table in its order, and the relation's id.
+pub(super) async fn primary_key(connection: &mut PgConnection, table: &TableId) -> Result<(u32, Vec<KeyColumn>), Error> {
+    const KEY: &str = "select a.attname::text, format_type(a.atttypid, a.atttypmod)
+        from pg_index i, unnest(i.indkey::int2[]) with ordinality u(attnum, place) join pg_attribute a on a.attnum = u.attnum
+        where i.indrelid = $1 and a.attrelid = $1 and i.indisprimary and u.place <= i.indnkeyatts order by u.place";
+    let sql = |source| Error::Sql { what: "describe a table", source };
+    let oid: sqlx::postgres::types::Oid =
+        sqlx::query_scalar("select $1::regclass::oid").bind(full_name(table)).fetch_one(&mut *connection).await.map_err(sql)?;
+    let columns: Vec<(String, String)> = sqlx::query_as(KEY).bind(oid).fetch_all(connection).await.map_err(sql)?;
+    Ok((oid.0, columns.into_iter().map(|(name, type_name)| KeyColumn { name, type_name }).collect()))
+}
+
 /// The shape of a table as the stream describes it; the catalog, read anew, adds the primary key.
 ///
 /// A table dropped since, or whose key was renamed since, is not in the catalog as the stream has it: then the key is what it

@@ -85,11 +85,14 @@ pub(super) struct Origin {
     pub(super) xid: Option<u32>,
     /// The end of the commit before this transaction's.
     pub(super) previous_commit: Option<u64>,
-    /// `first`, `true`, `last` and so on for reads; None for changes.
+    /// `first`, `true`, `last` and so on for reads; None for changes. [`INCREMENTAL`] reads tell neither LSN nor transaction.
     pub(super) snapshot: Option<&'static str>,
     /// Its place in the transaction, and among its table's events there. None leaves the block null.
     pub(super) order: Option<(u64, u64)>,
 }
+
+/// The marker of a row that is read again while the stream goes on.
+pub(super) const INCREMENTAL: &str = "incremental";
 
 /// What an update turned out to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -332,7 +335,10 @@ impl Envelope {
             None => out.extend_from_slice(b"null"),
         }
         out.extend_from_slice(b",\"lsn\":");
-        json::integer(out, origin.lsn);
+        match origin.snapshot {
+            Some(INCREMENTAL) => out.extend_from_slice(b"null"),
+            _ => json::integer(out, origin.lsn),
+        }
         out.extend_from_slice(b",\"xmin\":null,\"origin\":null,\"origin_lsn\":null}");
     }
 

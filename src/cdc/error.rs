@@ -31,6 +31,10 @@ pub enum Error {
     WalLevel { found: String },
     #[error("table {table} of cdc.tables does not exist")]
     NoSuchTable { table: String },
+    #[error("table {table} has no primary key, so it cannot be read in chunks")]
+    NoKey { table: String },
+    #[error("the connector reads tables again by signals of Debezium's own")]
+    EngineCannot,
     #[error("no table matches cdc.tables")]
     NoTables,
     #[error("publication {publication} is missing")]
@@ -131,12 +135,16 @@ impl Diagnose for Error {
             Self::OldServer { .. } => operator("use a server of PostgreSQL 15 or newer".to_owned()),
             Self::WalLevel { .. } => operator("set wal_level = logical on the source and restart it".to_owned()),
             Self::NoSuchTable { table } => operator(format!("create {table}, or take it out of cdc.tables")),
+            Self::NoKey { table } => operator(format!("give {table} a primary key, or start over with a new cdc.topic_prefix and slot")),
+            Self::EngineCannot => operator("send the connector an execute-snapshot signal, or use cdc.engine = \"native\"".to_owned()),
             Self::NoTables => operator("name existing tables in cdc.tables".to_owned()),
             Self::PublicationMissing { publication } => operator(format!("somebody dropped publication {publication}; {NEW_SNAPSHOT}")),
             Self::PublicationPartial { publication } => {
                 operator(format!("alter publication {publication} set (publish = 'insert, update, delete, truncate', publish_via_partition_root = false)"))
             }
-            Self::Uncaptured { table, .. } => operator(format!("name {table} in cdc.tables_exclude, or start over with a new cdc.topic_prefix and slot")),
+            Self::Uncaptured { table, .. } => {
+                operator(format!("`ledgerline cdc resnapshot {table}` reads them while the stream goes on; or name it in cdc.tables_exclude"))
+            }
             Self::SlotLost { slot, .. } => {
                 operator(format!("drop slot {slot} (select pg_drop_replication_slot('{slot}')) and raise max_slot_wal_keep_size; {NEW_SNAPSHOT}"))
             }

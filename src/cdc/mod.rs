@@ -24,6 +24,7 @@ mod envelope;
 mod error;
 mod health;
 mod heartbeat;
+mod incremental;
 mod joining;
 mod json;
 mod ledger;
@@ -44,12 +45,13 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    admin::{Applied, Removal, SlotStep, SnapshotState, Standing, has_slot, remove, standing},
+    admin::{Applied, Removal, SlotStep, SnapshotState, Standing, has_slot, remove, resnapshot, standing},
     error::{Error, Poison},
+    incremental::Request,
     prepare::apply,
     progress::{LaneEnd, SnapshotEnds, snapshot_ends},
     source::wal_position,
-    stats::{Connector, ConnectorTask, Latency, SlotHealth, SnapshotProgress, Stats, Step, TableStats},
+    stats::{Connector, ConnectorTask, IncrementalSnapshot, Latency, SlotHealth, SnapshotProgress, Stats, Step, TableStats},
 };
 use crate::{secret::Secret, stage::Control, stream, units::Span};
 

@@ -22,6 +22,7 @@ use super::{
     error::Error,
     health::{self, Health},
     heartbeat::{self, Memory, Position},
+    incremental,
     joining::{self, Joined},
     patience::Patience,
     prepare,
@@ -30,7 +31,7 @@ use super::{
     slot::{self, Replication, Start},
     snapshot,
     source::Source,
-    stats::{Stats, Step},
+    stats::{IncrementalSnapshot, Stats, Step},
     streaming::{Filter, Setup, Streaming},
 };
 use crate::{
@@ -134,7 +135,8 @@ struct Open {
     streaming: Streaming,
     health: watch::Receiver<Option<Health>>,
     joined: watch::Receiver<Joined>,
-    _watching: [AbortOnDropHandle<()>; 2],
+    rereading: watch::Receiver<Option<IncrementalSnapshot>>,
+    _beside: [AbortOnDropHandle<()>; 3],
 }
 
 impl Capture {
@@ -168,6 +170,9 @@ impl Capture {
         let bytes_max = prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         let producer = Arc::new(Producer::new(&self.bootstrap_servers, bytes_max)?);
         let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
+        let (told, rereading) = watch::channel(None);
+        let reader = incremental::Setup { source: self.source.clone(), state: self.state.clone(), config: self.config.clone() };
+        let (line, reading) = incremental::reader(reader, told);
         let context = self.config.extended_headers.then(|| context::headers(&self.config.topic_prefix));
         let (client, snapshot, confirmed, last_commit) = match start {
             Start::Resume { snapshot, confirmed } => {
@@ -194,6 +199,7 @@ impl Capture {
             made: tables.iter().map(|it| self.topics.table(it)).collect(),
             stream: self.stream.clone(),
             asking,
+            line,
             skips_truncate: self.config.skipped_operations == SkippedOperations::T,
             context,
             heartbeat: *self.config.heartbeat,
@@ -206,7 +212,8 @@ impl Capture {
         let (joins, joined) = watch::channel(Joined { tables: wanted, uncaptured: self.stats.uncaptured.clone() });
         let joining = AbortOnDropHandle::new(tokio::spawn(joining::watch(self.source.clone(), self.config.clone(), joins)));
         let streaming = Streaming::new(setup, envelope, producer, control.stop.clone());
-        Ok(Open { client, streaming, health, joined, _watching: [watching, joining] })
+        let reading = AbortOnDropHandle::new(tokio::spawn(reading));
+        Ok(Open { client, streaming, health, joined, rereading, _beside: [watching, joining, reading] })
     }
 
     /// Asks the heartbeat topic whether the slot stands where we left it; the commit before its position.
@@ -259,7 +266,7 @@ impl Capture {
     }
 
     async fn stream(&mut self, open: Open, control: &mut Control<Stats>) -> Result<(), Error> {
-        let Open { mut client, mut streaming, mut health, mut joined, _watching } = open;
+        let Open { mut client, mut streaming, mut health, mut joined, rereading, _beside } = open;
         let before = self.stats.clone();
         let producer = streaming.producer();
         let mut phase = *control.wanted.borrow();
@@ -281,6 +288,7 @@ impl Capture {
                 _ = ticks.tick() => {
                     streaming.beat(Instant::now(), &mut self.stats)?;
                     self.stats.phase = phase;
+                    self.stats.incremental_snapshot.clone_from(&rereading.borrow());
                     streaming.report(&mut self.stats, &before);
                     control.stats.send_replace(self.stats.clone());
                 }

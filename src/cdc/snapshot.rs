@@ -57,7 +57,7 @@ pub(super) async fn take(
     let xid: i64 = sqlx::query_scalar("select txid_snapshot_xmax(txid_current_snapshot())").fetch_one(&mut connection).await.map_err(sql)?;
     let mut progress = SnapshotProgress {
         tables: u64::try_from(plan.tables.len()).unwrap_or(0),
-        rows_estimated: estimate(&mut connection, plan.tables).await?,
+        rows_estimated: catalog::estimate(&mut connection, plan.tables).await?,
         ..Default::default()
     };
     let at_us = micros(SystemTime::now());
@@ -83,17 +83,6 @@ pub(super) async fn take(
     tell(&progress, "", 0);
     sqlx::raw_sql("commit").execute(&mut connection).await.map_err(sql)?;
     Ok(())
-}
-
-/// How many rows the planner expects.
-async fn estimate(connection: &mut PgConnection, tables: &BTreeSet<TableId>) -> Result<u64, Error> {
-    let names: Vec<String> = tables.iter().map(catalog::full_name).collect();
-    let rows: i64 = sqlx::query_scalar("select coalesce(sum(greatest(reltuples, 0)), 0)::bigint from pg_class where oid = any($1::text[]::regclass[])")
-        .bind(names)
-        .fetch_one(connection)
-        .await
-        .map_err(|source| Error::Sql { what: "estimate the rows of the snapshot", source })?;
-    Ok(u64::try_from(rows).unwrap_or(0))
 }
 
 /// A row that waits until it is known whether another follows: the last one is marked as such.

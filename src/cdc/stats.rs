@@ -36,6 +36,9 @@ pub struct Stats {
     pub latency: Latency,
     pub slot: Option<SlotHealth>,
     pub snapshot: Option<SnapshotProgress>,
+    /// A table that is read again while the stream goes on.
+    #[serde(default)]
+    pub incremental_snapshot: Option<IncrementalSnapshot>,
     /// Messages that wait for the broker.
     pub queued: u64,
     pub broker_away: bool,
@@ -165,6 +168,15 @@ pub struct SnapshotProgress {
     pub rows_estimated: u64,
     pub table: Option<String>,
     pub finished: bool,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IncrementalSnapshot {
+    /// `public.accounts`.
+    pub table: String,
+    pub rows: u64,
+    /// What the planner thinks there is.
+    pub rows_estimated: u64,
 }
 
 /// Milliseconds.

@@ -3,8 +3,10 @@
 //! Owns everything that exists only while the stream flows: the transaction being received, the tables as the stream
 //! described them, and the ledger of what is not yet acknowledged.
 
+mod window;
+
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -14,6 +16,7 @@ use pgwire_replication::ReplicationEvent;
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
+use self::window::Window;
 use super::{
     Config,
     boundaries::{self, Transaction},
@@ -22,6 +25,7 @@ use super::{
     envelope::{Envelope, Origin, Table, Update},
     error::{Error, Poison},
     heartbeat::{self, Position},
+    incremental::{self, Line, Settled},
     ledger::{Ledger, Meaning},
     pgoutput::{self, Message, Old, Relation, Tuple},
     prepare,
@@ -73,6 +77,8 @@ pub(super) struct Setup {
     pub(super) made: HashSet<String>,
     pub(super) stream: stream::Config,
     pub(super) asking: stream::topics::Topics,
+    /// To the reader of incremental snapshots.
+    pub(super) line: Line,
     pub(super) transaction_metadata: bool,
     pub(super) skips_truncate: bool,
     /// On every event of a table.
@@ -101,6 +107,9 @@ pub(super) struct Streaming {
     tables: HashMap<u32, Described>,
     /// Relations of which nothing becomes an event.
     foreign: HashSet<u32>,
+    window: Option<Window>,
+    /// Rows read again, by table.
+    reread: BTreeMap<String, u64>,
     transaction: Option<Transaction>,
     /// Of the batch being filled.
     receipt: Arc<Receipt>,
@@ -143,6 +152,8 @@ impl Streaming {
             catalog: None,
             tables: HashMap::new(),
             foreign: HashSet::new(),
+            window: None,
+            reread: BTreeMap::new(),
             transaction: None,
             receipt: Receipt::open(),
             ledger: Ledger::default(),
@@ -190,7 +201,12 @@ impl Streaming {
             }
             ReplicationEvent::Commit { end_lsn, .. } => self.commit(Lsn(end_lsn.as_u64()), stats).await,
             ReplicationEvent::Message { transactional, lsn, prefix, content } => {
-                self.logical_message(transactional, Lsn(lsn.as_u64()), &prefix, &content).await
+                let lsn = Lsn(lsn.as_u64());
+                if prefix == incremental::MARK {
+                    self.mark(lsn, &content, stats).await
+                } else {
+                    self.logical_message(transactional, lsn, &prefix, &content).await
+                }
             }
             ReplicationEvent::KeepAlive { wal_end, .. } => {
                 let lsn = Lsn(wal_end.as_u64());
@@ -220,6 +236,9 @@ impl Streaming {
                     return Ok(Flow::On);
                 }
                 stats.truncates += 1;
+                if let Some(window) = self.window.as_mut().filter(|it| relations.contains(&it.relation)) {
+                    window.empty();
+                }
                 if !self.setup.skips_truncate {
                     return self.truncate(lsn, &relations).await;
                 }
@@ -344,6 +363,12 @@ impl Streaming {
             Row::Malformed(malformed) => return self.dead_letter(lsn, data, Some(relation), &Poison::Malformed(malformed), stats).await,
         };
         let (flow, what) = sent?;
+        if let Some(window) = self.window.as_mut().filter(|it| it.relation == relation) {
+            window.note(&self.envelope.key);
+            if matches!(what, Counted::Moved) {
+                window.note(&self.envelope.old_key);
+            }
+        }
         match what {
             Counted::Insert => counted.inserts += 1,
             Counted::Update => counted.updates += 1,
@@ -359,11 +384,15 @@ impl Streaming {
         if let (Some(transaction), Some(relation)) = (self.transaction.as_mut(), relation) {
             transaction.uncount(relation);
         }
-        let table = relation.and_then(|id| self.tables.get(&id)).map(|it| &it.table);
-        tracing::error!(error = %poison, %lsn, table = table.map(|it| it.id.to_string()), "a row cannot become an event; it goes to the dead letters");
+        let table = relation.and_then(|id| self.tables.get(&id)).map(|it| it.table.id.clone());
+        self.set_aside(lsn, dead_letter::op_of(data), data, table.as_ref(), poison, stats).await
+    }
+
+    async fn set_aside(&mut self, lsn: Lsn, op: &str, data: &[u8], table: Option<&TableId>, poison: &Poison, stats: &mut Stats) -> Result<Flow, Error> {
+        tracing::error!(error = %poison, %lsn, table = table.map(ToString::to_string), "a row cannot become an event; it goes to the dead letters");
         stats.dead_letters += 1;
         let out = &mut self.scratch.1;
-        dead_letter::write(out, poison, table.map(|it| &it.id), data, self.transaction.as_ref().map(|it| it.xid), lsn);
+        dead_letter::write(out, poison, table, op, data, self.transaction.as_ref().map(|it| it.xid), lsn);
         let outgoing =
             Outgoing { topic: &self.dead_letters_topic, partition: Some(0), key: None, value: Some(out), headers: None, timestamp_ms: millis(self.now) };
         send(&self.producer, &self.stop, outgoing, &self.receipt).await
@@ -450,6 +479,7 @@ impl Streaming {
                     confirmed = Some(lsn);
                     stats.confirmed_lsn = stats.confirmed_lsn.max(lsn);
                 }
+                Meaning::Chunk(number) => drop(self.setup.line.settled.send(Settled { number, acked: true })),
                 Meaning::Other => {}
             }
         }
@@ -502,6 +532,9 @@ impl Streaming {
             sum.inserts += described.counted.inserts;
             sum.updates += described.counted.updates;
             sum.deletes += described.counted.deletes;
+        }
+        for (table, rows) in &self.reread {
+            stats.tables.entry(table.clone()).or_default().reads += rows;
         }
         stats.latency = (&self.latency).into();
         stats.queued = self.producer.n_waiting();

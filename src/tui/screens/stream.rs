@@ -247,6 +247,10 @@ fn facts(scene: Scene, width: usize) -> Vec<Line> {
         let span = if failed { scene.mark(State::Failed, &told) } else { Span::raw(told) };
         lines.push(Line::from(vec![Span::raw(" "), span]));
     }
+    if let Some(reading) = &cdc.incremental_snapshot {
+        let told = format!(" reading {} again: {} of about {} rows", reading.table, grouped(reading.rows), grouped(reading.rows_estimated));
+        lines.push(Line::from(scene.state(State::Running, told)));
+    }
     if !cdc.uncaptured.is_empty() {
         lines.push(Line::from(vec![Span::raw(" "), scene.mark(State::Late, &format!("not captured, they were here before: {}", cdc.uncaptured.join(", ")))]));
     }
