@@ -2,7 +2,8 @@
 
 usage: deploy.py --state DIR --out DIR --version VERSION --image IMAGE   (by the Python of an environment that has dbt)
 
-The addresses are the product's: LEDGERLINE__WAREHOUSE__URL and LEDGERLINE__STATE__URL with their …__PASSWORD. `--state`
+The addresses are the product's: LEDGERLINE__WAREHOUSE__URL and LEDGERLINE__STATE__URL with their …__PASSWORD; for
+Snowflake …__WAREHOUSE__PRIVATE_KEY, a PEM or the path of one, instead of the warehouse's password. `--state`
 may hold the manifest.json of what is deployed; what differs from it, and what follows, is built and tested, everything else
 is taken as it stands (`--select state:modified+ --defer`). Without one everything is built.
 """
@@ -32,7 +33,27 @@ def tree(path):
     return subprocess.run(["git", "-C", ROOT, "rev-parse", f"HEAD:{path}"], check=True, capture_output=True, text=True).stdout.strip()
 
 
+def on_snowflake():
+    return os.environ["LEDGERLINE__WAREHOUSE__URL"].startswith("snowflake:")
+
+
+def snowflake_environment():
+    import snowflake_account
+
+    place = snowflake_account.address()
+    names = ("account", "host", "port", "protocol", "user", "database", "role", "warehouse")
+    return {f"LEDGERLINE_DBT_{name.upper()}": str(place[name]) for name in names} | {
+        "LEDGERLINE_DBT_TARGET": "snowflake",
+        "LEDGERLINE_DBT_QUERY_TAG": "ledgerline/deploy",
+        "DBT_ENV_SECRET_LEDGERLINE_PRIVATE_KEY": snowflake_account.pem("LEDGERLINE__WAREHOUSE__PRIVATE_KEY"),
+        # dbt renders the other output of the profile too.
+        "DBT_ENV_SECRET_LEDGERLINE_PASSWORD": "",
+    }
+
+
 def dbt_environment():
+    if on_snowflake():
+        return os.environ | snowflake_environment()
     url = urllib.parse.urlsplit(os.environ["LEDGERLINE__WAREHOUSE__URL"])
     return os.environ | {
         "LEDGERLINE_DBT_TARGET": "postgres",
@@ -51,13 +72,24 @@ def dbt(command, out, *arguments):
     return subprocess.run([*program, *places, *arguments], env=dbt_environment()).returncode
 
 
-def build(state, out):
-    """True: what changed is built and its tests pass. None: there is nothing to build on yet."""
+def is_loaded():
+    if on_snowflake():
+        # Of its adapter's environment only.
+        import snowflake_account
+
+        with snowflake_account.connect(snowflake_account.address()) as session, session.cursor() as cursor:
+            cursor.execute("select count(*) from information_schema.tables where upper(table_schema) = 'RAW' and upper(table_name) = 'TRANSACTIONS'")
+            return cursor.fetchone()[0] > 0
     with connect("WAREHOUSE") as warehouse, warehouse.cursor() as cursor:
         cursor.execute("select to_regclass('raw.transactions') is not null")
         (loaded,) = cursor.fetchone()
     warehouse.close()
-    if not loaded:
+    return loaded
+
+
+def build(state, out):
+    """True: what changed is built and its tests pass. None: there is nothing to build on yet."""
+    if not is_loaded():
         print("nothing has been loaded into this warehouse yet: the first run of the DAG builds everything")
         return None if dbt("parse", out) == 0 else False
     changed = ["--select", "state:modified+", "--defer", "--state", state] if (state / "manifest.json").is_file() else []

@@ -66,3 +66,15 @@ grant select on future tables in schema bank.staging to role ledgerline_reader;
 grant select on future tables in schema bank.analytics to role ledgerline_reader;
 grant select on all tables in schema bank.staging to role ledgerline_reader;
 grant select on all tables in schema bank.analytics to role ledgerline_reader;
+
+-- Only where the lake lies in a bucket that Snowflake can reach, and COPY is to read the objects there instead of having them
+-- uploaded: `warehouse.stage = "RAW.LAKE"`. The integration is the account's, so its administrator makes it; what its
+-- `desc integration ledgerline_lake` answers goes into the trust of the cloud's role. The stage begins where the bucket does.
+--
+--   use role accountadmin
+--   create storage integration if not exists ledgerline_lake type = external_stage storage_provider = 'S3' enabled = true
+--       storage_aws_role_arn = 'arn:aws:iam::…:role/…' storage_allowed_locations = ('s3://<bucket>/')
+--   grant usage on integration ledgerline_lake to role sysadmin
+--   use role sysadmin
+--   create stage if not exists bank.raw.lake url = 's3://<bucket>/' storage_integration = ledgerline_lake
+--   grant usage on stage bank.raw.lake to role ledgerline

@@ -135,7 +135,7 @@ fn envelope(n: i64) -> String {
 }
 
 async fn consume_alone(address: &str, n_records: i64, round: i64) -> anyhow::Result<u64> {
-    let settings = Settings { bootstrap_servers: address.to_owned(), group: format!("alone-{round}"), topics: vec![TOPIC.to_owned()], bytes_max: 64 << 20 };
+    let settings = Settings { access: address.into(), group: format!("alone-{round}"), topics: vec![TOPIC.to_owned()], bytes_max: 64 << 20 };
     let mut consumer = Consumer::start(&settings)?;
     let (mut started, mut seen) = (Instant::now(), 0);
     while seen < n_records {

@@ -118,6 +118,7 @@ pub struct Secrets {
     pub lake_access_key_id: Option<Secret>,
     pub lake_secret_access_key: Option<Secret>,
     pub mail_password: Option<Secret>,
+    pub sasl_password: Option<Secret>,
     pub connect_password: Option<Secret>,
 }
 
@@ -295,6 +296,7 @@ fn from_env(env: impl Iterator<Item = (String, String)>) -> Result<(Secrets, Vec
             "LAKE__ACCESS_KEY_ID" => &mut secrets.lake_access_key_id,
             "LAKE__SECRET_ACCESS_KEY" => &mut secrets.lake_secret_access_key,
             "MAIL__PASSWORD" => &mut secrets.mail_password,
+            "STREAM__SASL_PASSWORD" => &mut secrets.sasl_password,
             "CDC__CONNECT_PASSWORD" => &mut secrets.connect_password,
             _ => {
                 let key = rest.to_lowercase().replace("__", ".");

@@ -261,6 +261,8 @@ impl Desk {
     /// The last word, when all writers have gone home.
     pub(super) fn into_stats(mut self, real_time: DateTime<Utc>) -> Stats {
         self.tell(real_time);
+        // Whoever waited has gone home, too.
+        self.stats.waiting = None;
         self.stats
     }
 

@@ -117,6 +117,17 @@ pub(super) async fn publish(connection: &mut PgConnection, publication: &str, ta
     Ok(true)
 }
 
+/// Refuses a table whose rows the user of the connection may not read.
+pub(super) async fn require_readable(connection: &mut PgConnection, tables: &BTreeSet<TableId>) -> Result<(), Error> {
+    for table in tables {
+        let asked = sqlx::query_scalar("select has_table_privilege($1, 'select')").bind(full_name(table)).fetch_one(&mut *connection).await;
+        if !asked.map_err(|source| Error::Sql { what: "ask for the right to read a table", source })? {
+            return Err(Error::Unreadable { table: table.to_string() });
+        }
+    }
+    Ok(())
+}
+
 pub(super) async fn has_rows(connection: &mut PgConnection, table: &TableId) -> Result<bool, Error> {
     let statement = format!("select exists (select from only {})", full_name(table));
     let found = sqlx::query_scalar(AssertSqlSafe(statement)).fetch_one(connection).await;

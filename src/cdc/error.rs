@@ -37,6 +37,8 @@ pub enum Error {
     EngineCannot,
     #[error("no table matches cdc.tables")]
     NoTables,
+    #[error("the user of source.url may not read table {table}")]
+    Unreadable { table: String },
     #[error("publication {publication} is missing")]
     PublicationMissing { publication: String },
     #[error("publication {publication} leaves out inserts, updates or deletes, or renames partitions")]
@@ -138,6 +140,7 @@ impl Diagnose for Error {
             Self::NoKey { table } => operator(format!("give {table} a primary key, or start over with a new cdc.topic_prefix and slot")),
             Self::EngineCannot => operator("send the connector an execute-snapshot signal, or use cdc.engine = \"native\"".to_owned()),
             Self::NoTables => operator("name existing tables in cdc.tables".to_owned()),
+            Self::Unreadable { table } => operator(format!("grant select on {table} to that user, or leave it out (cdc.tables_exclude)")),
             Self::PublicationMissing { publication } => operator(format!("somebody dropped publication {publication}; {NEW_SNAPSHOT}")),
             Self::PublicationPartial { publication } => {
                 operator(format!("alter publication {publication} set (publish = 'insert, update, delete, truncate', publish_via_partition_root = false)"))

@@ -103,14 +103,14 @@ pub const CLEAR_PASSWORD: &str = "clear";
 pub async fn run(
     source: Secret,
     state: Secret,
-    bootstrap_servers: String,
+    kafka: impl Into<stream::Access>,
     stream: stream::Config,
     config: Config,
     control: Control<Stats>,
 ) -> Result<(), Error> {
     match config.engine {
-        Engine::Native => native::run(source, state, bootstrap_servers, stream, config, control).await,
-        Engine::Debezium => debezium::run(source, state, bootstrap_servers, stream, config, control).await,
+        Engine::Native => native::run(source, state, kafka.into(), stream, config, control).await,
+        Engine::Debezium => debezium::run(source, state, kafka.into(), stream, config, control).await,
     }
 }
 

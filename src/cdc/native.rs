@@ -66,7 +66,7 @@ const POSITIONS_READ: i64 = 2000;
 pub(super) async fn run(
     source: Secret,
     state: Secret,
-    bootstrap_servers: String,
+    kafka: stream::Access,
     stream: stream::Config,
     config: Config,
     mut control: Control<Stats>,
@@ -74,7 +74,7 @@ pub(super) async fn run(
     let mut capture = Capture {
         source: Source::new(&source)?,
         state,
-        bootstrap_servers,
+        kafka,
         stream,
         topics: Topics::new(&config.topic_prefix),
         config,
@@ -120,7 +120,7 @@ async fn until_stopped(capture: &mut Capture, control: &mut Control<Stats>) -> R
 struct Capture {
     source: Source,
     state: Secret,
-    bootstrap_servers: String,
+    kafka: stream::Access,
     stream: stream::Config,
     topics: Topics,
     config: Config,
@@ -166,9 +166,9 @@ impl Capture {
         let published = prepare::publish(&mut connection, &self.config, &wanted, matches!(start, Start::Resume { .. }), false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
-        let asking = topics::Topics::connect(&self.bootstrap_servers)?;
+        let asking = topics::Topics::connect(&self.kafka)?;
         let bytes_max = prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
-        let producer = Arc::new(Producer::new(&self.bootstrap_servers, bytes_max)?);
+        let producer = Arc::new(Producer::new(&self.kafka, bytes_max)?);
         let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
         let (told, rereading) = watch::channel(None);
         let reader = incremental::Setup { source: self.source.clone(), state: self.state.clone(), config: self.config.clone() };

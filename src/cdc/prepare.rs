@@ -103,7 +103,7 @@ pub(super) async fn make_slot(store: &mut Store, source: &Source, config: &Confi
 pub async fn apply(
     source: &Secret,
     state: &Secret,
-    bootstrap_servers: &str,
+    kafka: impl Into<stream::Access>,
     stream: &stream::Config,
     config: &Config,
     dry_run: bool,
@@ -123,7 +123,7 @@ pub async fn apply(
     let published = publish(&mut connection, config, &wanted, resuming, dry_run).await?;
 
     let topics = Topics::new(&config.topic_prefix);
-    let asking = topics::Topics::connect(bootstrap_servers)?;
+    let asking = topics::Topics::connect(kafka)?;
     let existing = asking.partitions().await?;
     let missing = wanted_topics(&topics, &published.captured, stream).into_iter().map(|it| it.topic);
     let topics_created: Vec<String> = missing.filter(|topic| !existing.iter().any(|(name, _)| name == topic)).collect();

@@ -75,6 +75,7 @@ fn shown(status: &Status) -> String {
     }
     text += &match &status.running {
         Some(stats) => format!("capture      {}{}\n", stats.step.as_str(), if stats.phase == Phase::Paused { " · paused" } else { "" }),
+        None if status.standing.connector.is_some() => "capture      not looked after on this data dir; the connector goes on without us\n".to_owned(),
         None => "capture      not running on this data dir\n".to_owned(),
     };
     match health {

@@ -30,7 +30,7 @@ pub(super) async fn dlq(loaded: &Loaded, command: cli::Dlq) -> Result<Exit, Fail
     let reach = super::Reach::take(loaded, needs, &interrupted).await?;
     let topics = Topics::new(loaded.config.cdc.topic_prefix.clone());
     let work = async {
-        let kafka = reach.addresses.kafka.as_str();
+        let kafka = &reach.addresses.kafka;
         match command {
             cli::Dlq::List { which, limit, reveal, output } => {
                 let listing = dlq::list(kafka, &topics, &filter(which), limit, reveal).await.map_err(|error| Failure::from_error(&error))?;

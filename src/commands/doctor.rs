@@ -127,6 +127,14 @@ fn terminal() -> Finding {
     Finding { name: "terminal", ok: true, found, remedy: None }
 }
 
+async fn sign_in(loaded: &Loaded) -> Finding {
+    let name = "stream.security_protocol";
+    match reach::sign_in(loaded).await {
+        Ok(()) => Finding { name, ok: true, found: "Kafka lets us in".to_owned(), remedy: None },
+        Err(error) => failed(name, &error),
+    }
+}
+
 /// Tries to connect to what is not embedded.
 async fn external_addresses(loaded: &Loaded) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -139,6 +147,9 @@ async fn external_addresses(loaded: &Loaded) -> Vec<Finding> {
             tried.as_ref().map_or_else(|why| format!("does not answer: {why}"), |()| "answers".to_owned())
         );
         findings.push(Finding { name: place.key, ok: tried.is_ok(), found, remedy: tried.is_err().then(|| format!("start it, or correct {}", place.key)) });
+        if place.key == "stream.bootstrap_servers" && tried.is_ok() {
+            findings.push(sign_in(loaded).await);
+        }
     }
     findings
 }

@@ -21,7 +21,7 @@ use crate::{
     pipeline::{
         data_dir::{self, DataDir},
         reach,
-        services::{Addresses, Needs, Services},
+        services::{Addresses, Needs, Services, check_build},
         socket::Client,
     },
     refresh,
@@ -100,6 +100,7 @@ async fn show_doctor(loaded: &Loaded, output: Output) -> Result<Exit, Failure> {
 }
 
 fn show_config(loaded: &Loaded, output: Output) -> Result<Exit, Failure> {
+    check_build(loaded).map_err(|error| Failure::usage(&error))?;
     if output.json {
         print_json(&loaded.config)?;
     } else {
@@ -122,7 +123,7 @@ impl Reach {
         let root = loaded.data_dir();
         if let Some(mut owner) = Client::connect(&data_dir::socket_path(&root)).await {
             let printed = owner.services().await.map_err(|error| Failure::new(Exit::Away, format!("the running pipeline does not answer: {error}")))?;
-            let addresses = printed.into_addresses().map_err(|error| Failure::from_error(&error))?;
+            let addresses = printed.into_addresses(loaded).map_err(|error| Failure::from_error(&error))?;
             return Ok(Self { addresses, started: None, owner: Some(owner) });
         }
         let data_dir = take_data_dir(&root)?;
@@ -192,6 +193,9 @@ async fn start_services(loaded: &Loaded, data_dir: &DataDir, needs: Needs, limit
         if limits.strict {
             let others = reach::external(&loaded.config, needs);
             reach::wait_for(&others, loaded.config.startup_grace, &progress).await.map_err(|error| Failure::from_error(&error))?;
+            if needs.stream {
+                reach::sign_in(loaded).await.map_err(|error| Failure::from_error(&error))?;
+            }
         }
         services.start(loaded, data_dir, needs, &progress).await.map_err(|error| Failure::from_error(&error))
     };

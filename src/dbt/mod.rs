@@ -54,6 +54,8 @@ pub struct Invocation {
     pub vars: serde_json::Map<String, serde_json::Value>,
     /// The invocation is cancelled after this long, from the moment it is asked for.
     pub timeout: Option<Duration>,
+    /// Whose queries these are, where the warehouse keeps a history of them.
+    pub tag: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -76,7 +78,7 @@ pub const TASKS: [(&str, Command, &str); 5] = [
 
 impl Invocation {
     pub fn new(command: Command, select: impl IntoIterator<Item = impl Into<String>>) -> Self {
-        Self { command, select: select.into_iter().map(Into::into).collect(), vars: serde_json::Map::new(), timeout: None }
+        Self { command, select: select.into_iter().map(Into::into).collect(), vars: serde_json::Map::new(), timeout: None, tag: None }
     }
 
     /// What a task of the DAG asks of dbt; None where the task is not dbt's.
@@ -87,6 +89,11 @@ impl Invocation {
 
     pub fn with_var(mut self, name: &str, value: impl Into<serde_json::Value>) -> Self {
         self.vars.insert(name.to_owned(), value.into());
+        self
+    }
+
+    pub fn with_tag(mut self, tag: String) -> Self {
+        self.tag = Some(tag);
         self
     }
 

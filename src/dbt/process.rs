@@ -257,10 +257,10 @@ impl Room {
         let id = self.asked;
         self.process()?;
         self.sweep().await?;
-        let Invocation { command, select, vars, timeout } = &ask.invocation;
+        let Invocation { command, select, vars, timeout, tag } = &ask.invocation;
         // Tests are chosen by their own tags, not by those of the models they read.
         let args: &[&str] = if *command == super::Command::Test { &["--indirect-selection", "empty"] } else { &[] };
-        let request = serde_json::json!({"id": id, "command": command, "select": select, "args": args, "vars": vars});
+        let request = serde_json::json!({"id": id, "command": command, "select": select, "args": args, "vars": vars, "tag": tag});
         self.process()?.tell(&request).await?;
 
         let mut ending: Option<Ending> = None;

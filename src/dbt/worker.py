@@ -1,7 +1,7 @@
 """dbt, kept warm: one process that has imported dbt and parsed the project, and runs what it is asked for.
 
 stdin   one JSON object a line:
-        {"id": 1, "command": "run", "select": ["tag:staging"], "exclude": [], "args": [], "vars": {...}}
+        {"id": 1, "command": "run", "select": ["tag:staging"], "exclude": [], "args": [], "vars": {...}, "tag": null | "..."}
         {"cancel": 1}
 stdout  one JSON object a line; dbt's own words go to stderr and never in between:
         {"kind": "ready", "nodes": [...]}               the project was parsed, now or again
@@ -143,7 +143,13 @@ class Project:
             if request.get(flag):
                 arguments += [f"--{flag}", *request[flag]]
         arguments += [*request.get("args", []), "--vars", json.dumps(request.get("vars") or {}), *self.places]
-        return dbtRunner(manifest=self.manifest, callbacks=[watch]).invoke(arguments)
+        # The profile reads it: whose the queries are. Not while parsing, or dbt would throw its cache away.
+        if request.get("tag"):
+            os.environ["LEDGERLINE_DBT_QUERY_TAG"] = request["tag"]
+        try:
+            return dbtRunner(manifest=self.manifest, callbacks=[watch]).invoke(arguments)
+        finally:
+            os.environ.pop("LEDGERLINE_DBT_QUERY_TAG", None)
 
 
 def in_lineage_order(manifest):

@@ -10,7 +10,10 @@ use super::{
 };
 use crate::{
     change::Topics,
-    stream::range::{From, Range},
+    stream::{
+        Access,
+        range::{From, Range},
+    },
 };
 
 /// Letters looked at by one listing, in each partition: the newest. What it holds back in time and memory is bounded by it.
@@ -42,9 +45,9 @@ pub struct ReasonCount {
 }
 
 /// Reads the newest letters. A topic that does not exist yet has none.
-pub async fn list(bootstrap_servers: &str, topics: &Topics, filter: &Filter, limit: usize, reveal: bool) -> Result<Listing, Error> {
+pub async fn list(kafka: impl Into<Access>, topics: &Topics, filter: &Filter, limit: usize, reveal: bool) -> Result<Listing, Error> {
     let topic = topics.dead_letters();
-    let (mut range, marks) = Range::open(bootstrap_servers, &topic, From::Last(LOOKED_AT_MAX)).await?;
+    let (mut range, marks) = Range::open(kafka, &topic, From::Last(LOOKED_AT_MAX)).await?;
     let held = marks.iter().map(|(_, it)| it.end.saturating_sub(it.first).unsigned_abs()).sum();
     let mut listing = Listing { topic, held, looked_at: 0, wanted: 0, reasons: Vec::new(), letters: Vec::new() };
     let mut counts = BTreeMap::new();
@@ -74,9 +77,9 @@ pub async fn list(bootstrap_servers: &str, topics: &Topics, filter: &Filter, lim
 }
 
 /// The letter at an offset.
-pub async fn find(bootstrap_servers: &str, topics: &Topics, partition: i32, offset: i64) -> Result<Letter, Error> {
+pub async fn find(kafka: impl Into<Access>, topics: &Topics, partition: i32, offset: i64) -> Result<Letter, Error> {
     let topic = topics.dead_letters();
-    let (mut range, _) = Range::open(bootstrap_servers, &topic, From::At { partition, offset }).await?;
+    let (mut range, _) = Range::open(kafka, &topic, From::At { partition, offset }).await?;
     match range.next().await.transpose()? {
         Some(record) if record.offset == offset => Ok(Letter::read(&record)),
         _ => Err(Error::NoLetter { topic, partition, offset }),

@@ -14,6 +14,7 @@ use crate::{
     change::{TableId, Topics},
     lake,
     stream::{
+        Access,
         producer::{self, Headers, Outgoing, Producer, Receipt},
         range::{From, Range},
         topics,
@@ -89,21 +90,22 @@ pub struct Report {
 }
 
 /// Replays letters in the order of the topic. Cut short, some are back and some are not: replaying again is harmless.
-pub async fn replay(bootstrap_servers: &str, topics: &Topics, asked: &Replay) -> Result<Report, Error> {
-    let mut back = Back::new(bootstrap_servers, topics, asked).await?;
+pub async fn replay(kafka: impl Into<Access>, topics: &Topics, asked: &Replay) -> Result<Report, Error> {
+    let kafka: &Access = &kafka.into();
+    let mut back = Back::new(kafka, topics, asked).await?;
     match &asked.which {
         Which::Offsets { partition, offsets } => {
             // All are found before the first is sent: a wrong offset changes nothing.
             let mut letters = Vec::new();
             for offset in offsets {
-                letters.push(read::find(bootstrap_servers, topics, *partition, *offset).await?);
+                letters.push(read::find(kafka, topics, *partition, *offset).await?);
             }
             for letter in &letters {
                 back.take(letter).await?;
             }
         }
         Which::All(filter) => {
-            let (mut range, _) = Range::open(bootstrap_servers, &topics.dead_letters(), From::Last(i64::MAX)).await?;
+            let (mut range, _) = Range::open(kafka, &topics.dead_letters(), From::Last(i64::MAX)).await?;
             while let Some(record) = range.next().await {
                 let letter = Letter::read(&record?);
                 if letter.is_wanted(filter, topics) {
@@ -118,7 +120,7 @@ pub async fn replay(bootstrap_servers: &str, topics: &Topics, asked: &Replay) ->
 
 /// A replay under way.
 struct Back<'a> {
-    bootstrap_servers: &'a str,
+    kafka: &'a Access,
     topics: &'a Topics,
     asked: &'a Replay,
     /// Topics that exist, with their partitions: sending must not create one.
@@ -131,17 +133,17 @@ struct Back<'a> {
 }
 
 impl<'a> Back<'a> {
-    async fn new(bootstrap_servers: &'a str, topics: &'a Topics, asked: &'a Replay) -> Result<Self, Error> {
-        let asking = topics::Topics::connect(bootstrap_servers)?;
+    async fn new(kafka: &'a Access, topics: &'a Topics, asked: &'a Replay) -> Result<Self, Error> {
+        let asking = topics::Topics::connect(kafka)?;
         let existing = asking.partitions().await?;
         let ours: Vec<String> = existing.iter().map(|it| it.0.clone()).filter(|it| topics.lake_name(it).is_some()).collect();
         let bytes_max = asking.bytes_max(&ours).await?;
         Ok(Self {
-            bootstrap_servers,
+            kafka,
             topics,
             asked,
             existing,
-            producer: Producer::new(bootstrap_servers, bytes_max)?,
+            producer: Producer::new(kafka, bytes_max)?,
             receipt: Receipt::open(),
             unsettled: 0,
             seen: HashSet::new(),
@@ -223,7 +225,7 @@ impl<'a> Back<'a> {
     }
 
     async fn in_time(&self, work: impl Future<Output = Result<(), producer::Error>>) -> Result<(), Error> {
-        let away = |_| Error::Unacknowledged { bootstrap_servers: self.bootstrap_servers.to_owned() };
+        let away = |_| Error::Unacknowledged { bootstrap_servers: self.kafka.to_string() };
         Ok(tokio::time::timeout(ACKNOWLEDGED_WITHIN, work).await.map_err(away)??)
     }
 }

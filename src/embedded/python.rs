@@ -21,9 +21,11 @@ use tokio::process::Command;
 use super::Progress;
 use crate::fault::{Diagnose, Fault};
 
+#[cfg(not(feature = "snowflake"))]
 const LOCK: &str = include_str!("requirements.lock");
-/// The same, with what dbt needs for Snowflake.
-const SNOWFLAKE_LOCK: &str = concat!(include_str!("requirements.lock"), "\n", include_str!("requirements-snowflake.lock"));
+/// With what dbt needs for Snowflake: a build has one environment, so that the image holds all that it can do.
+#[cfg(feature = "snowflake")]
+const LOCK: &str = concat!(include_str!("requirements.lock"), "\n", include_str!("requirements-snowflake.lock"));
 /// The minor versions of Python 3 that the lock file has wheels for.
 const MINORS: std::ops::RangeInclusive<u32> = 10..=14;
 /// An interpreter that does not say its version by then is broken.
@@ -97,22 +99,12 @@ impl Venv {
         Self::ensure_in(&cache, &std::env::var_os("PATH").unwrap_or_default(), progress).await
     }
 
-    /// The same with dbt's adapter for Snowflake: an environment of its own.
-    pub async fn ensure_for_snowflake(progress: &Progress) -> Result<Self, Error> {
-        let cache = dirs::cache_dir().ok_or(Error::NoCacheDir)?.join("ledgerline");
-        Self::ensure_of(SNOWFLAKE_LOCK, &cache, &std::env::var_os("PATH").unwrap_or_default(), progress).await
-    }
-
     /// The same in a directory of the caller's choice, with the interpreters of `search_path`.
     pub async fn ensure_in(cache: &Path, search_path: &OsStr, progress: &Progress) -> Result<Self, Error> {
-        Self::ensure_of(LOCK, cache, search_path, progress).await
-    }
-
-    async fn ensure_of(packages: &str, cache: &Path, search_path: &OsStr, progress: &Progress) -> Result<Self, Error> {
         let base = find_python(search_path).await?;
         let on_cache = |source| Error::CacheDir { dir: cache.to_owned(), source };
         std::fs::create_dir_all(cache).map_err(on_cache)?;
-        let name = name_of(packages, base.minor);
+        let name = name_of(LOCK, base.minor);
         let venv = Self::at(&cache.join(&name), base.minor);
         if venv.is_whole().await {
             return Ok(venv);
@@ -125,7 +117,7 @@ impl Venv {
         let (swept, whole) = (cache.to_owned(), name.clone());
         let swept = tokio::task::spawn_blocking(move || sweep(&swept, &whole)).await;
         swept.unwrap_or_else(|panicked| Err(io::Error::other(panicked))).map_err(on_cache)?;
-        build(cache, packages, &name, &base, progress).await?;
+        build(cache, LOCK, &name, &base, progress).await?;
         Ok(venv)
     }
 

@@ -34,6 +34,8 @@ pub enum Error {
         #[source]
         source: Cause,
     },
+    #[error("bucket {bucket} at {address} is gone, and the lake with it: could not {doing}")]
+    BucketGone { bucket: String, address: String, doing: String },
     #[error("bucket {bucket} is not in region {region}: {found}")]
     WrongRegion { bucket: String, region: String, found: String },
     #[error("found no credentials for AWS")]
@@ -80,6 +82,9 @@ impl Diagnose for Error {
             Self::NoBucket { bucket, .. } => {
                 Fault::Operator(format!("create it (aws s3 mb s3://{bucket}), allow s3:CreateBucket, or correct lake.bucket"))
             }
+            Self::BucketGone { .. } => Fault::Operator(
+                "bring it back with what it held (from its versions or a copy): an empty one of that name lacks what was landed, and `ledgerline lake verify` names it".into(),
+            ),
             Self::WrongRegion { found, .. } => Fault::Operator(format!("set lake.region to the bucket's own: {found}")),
             Self::NoCredentials(_) => Fault::Operator(
                 "set LEDGERLINE__LAKE__ACCESS_KEY_ID and LEDGERLINE__LAKE__SECRET_ACCESS_KEY, or AWS_PROFILE, or give the container or instance a role".into(),

@@ -3,7 +3,6 @@
 use std::{sync::Arc, time::Duration};
 
 use rdkafka::{
-    ClientConfig,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
     client::DefaultClientContext,
     error::{KafkaError, RDKafkaErrorCode},
@@ -13,11 +12,11 @@ use rdkafka::{
 use tokio::sync::OnceCell;
 
 use super::{dead::DeadLetter, error::Error};
-use crate::stream::Lane;
+use crate::stream::{Access, Lane};
 
 /// The way to the dead-letter topic; connects with the first letter.
 pub(super) struct DeadLetters {
-    bootstrap_servers: String,
+    access: Access,
     topic: String,
     producer: OnceCell<FutureProducer>,
 }
@@ -26,8 +25,8 @@ pub(super) struct DeadLetters {
 const ANSWER: Duration = Duration::from_secs(10);
 
 impl DeadLetters {
-    pub(super) fn new(bootstrap_servers: String, topic: String) -> Self {
-        Self { bootstrap_servers, topic, producer: OnceCell::new() }
+    pub(super) fn new(access: Access, topic: String) -> Self {
+        Self { access, topic, producer: OnceCell::new() }
     }
 
     /// Resolves when the broker has all letters. A repeat after a crash writes them again: same lane and offset, one letter.
@@ -47,8 +46,7 @@ impl DeadLetters {
     }
 
     async fn connect(&self) -> Result<FutureProducer, KafkaError> {
-        let mut config = ClientConfig::new();
-        config.set("bootstrap.servers", &self.bootstrap_servers).set("client.id", "ledgerline-lake");
+        let mut config = self.access.client("ledgerline-lake");
         self.ensure_topic(config.create()?).await?;
         config.set("enable.idempotence", "true").set("acks", "all").set("message.timeout.ms", ANSWER.as_millis().to_string()).create()
     }

@@ -58,7 +58,7 @@ use crate::{
     fault::chain,
     stage::{Control, Phase},
     stream::{
-        Lane,
+        self, Lane,
         consumer::{Consumer, Event, Probe, Settings},
         records::Records,
     },
@@ -125,10 +125,10 @@ const DRAIN_MAX: Duration = Duration::from_secs(20);
 ///
 /// Topics that appear later are taken up. A lane whose position is outside the log is stopped and told in [`Stats`], the others
 /// go on; the error comes back when the stage is stopped. Needs a multi-threaded runtime (or at least its blocking pool).
-pub async fn run(store: Store, bootstrap_servers: String, topics: Topics, config: Config, mut control: Control<Stats>) -> Result<(), Error> {
-    let settings =
-        Settings { bootstrap_servers: bootstrap_servers.clone(), group: config.group.clone(), topics: subscription(&topics), bytes_max: config.memory_max.0 };
-    let letters = DeadLetters::new(bootstrap_servers, topics.dead_letters());
+pub async fn run(store: Store, kafka: impl Into<stream::Access>, topics: Topics, config: Config, mut control: Control<Stats>) -> Result<(), Error> {
+    let kafka = kafka.into();
+    let settings = Settings { access: kafka.clone(), group: config.group.clone(), topics: subscription(&topics), bytes_max: config.memory_max.0 };
+    let letters = DeadLetters::new(kafka, topics.dead_letters());
     let encoders = Semaphore::new(std::thread::available_parallelism().map_or(1, NonZeroUsize::get));
     let ship = Arc::new(Ship { store, letters, stats: control.stats.clone(), encoders });
     let mut sink = Sink::new(Consumer::start(&settings)?, ship, topics, config.limits());
@@ -202,7 +202,11 @@ impl Sink {
     fn take(&mut self, event: Event) {
         match event {
             Event::Records { lane, start, records } => self.push(&lane, start, *records),
-            Event::Assigned(lanes) => lanes.into_iter().for_each(|it| self.search(it)),
+            Event::Assigned(lanes) => {
+                let held_before = self.lanes.len();
+                info!(lanes = lanes.len(), held_before, "lanes assigned");
+                lanes.into_iter().for_each(|it| self.search(it));
+            }
             Event::Revoked(lanes) => {
                 info!(lanes = lanes.len(), "lanes revoked");
                 lanes.iter().for_each(|it| self.lose(it));

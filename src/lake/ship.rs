@@ -116,9 +116,9 @@ impl Ship {
                 Fault::Data(_) | Fault::Bug => return Err(error),
             };
             let trouble = format!("{}{remedy}", chain(&error));
-            let at_store = matches!(error, Error::StoreAway { .. } | Error::StoreRefuses { .. });
+            let at_store = matches!(error, Error::StoreAway { .. } | Error::StoreRefuses { .. } | Error::BucketGone { .. });
             if failed_at_store.replace(at_store).is_none() {
-                warn!(error = trouble, "waiting; nothing is lost");
+                warn!(error = trouble, "waiting; what has not landed stays in Kafka");
             }
             self.stats.send_modify(|it| *it.trouble(at_store) = Some(trouble));
             tokio::time::sleep(backoff.delay()).await;

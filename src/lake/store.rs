@@ -120,7 +120,7 @@ impl Store {
             return multipart::put(self, key, body).await;
         }
         let sent = self.client.put_object().bucket(&self.bucket).key(key).body(ByteStream::from(body)).send().await;
-        sent.map(|_| ()).map_err(|error| failed(format!("put object {key}"), error))
+        sent.map(|_| ()).map_err(|error| self.failed(format!("put object {key}"), error))
     }
 
     /// Puts an object that must not exist. Not atomic with its answer: after a lost answer the client's own retry may report
@@ -130,7 +130,7 @@ impl Store {
         match sent {
             Ok(_) => Ok(Put::Written),
             Err(error) if status(&error) == Some(412) => Ok(Put::Exists),
-            Err(error) => Err(failed(format!("put object {key} if absent"), error)),
+            Err(error) => Err(self.failed(format!("put object {key} if absent"), error)),
         }
     }
 
@@ -139,7 +139,7 @@ impl Store {
         let got = match self.client.get_object().bucket(&self.bucket).key(key).send().await {
             Ok(got) => got,
             Err(error) if error.code() == Some("NoSuchKey") => return Ok(None),
-            Err(error) => return Err(failed(format!("get object {key}"), error)),
+            Err(error) => return Err(self.failed(format!("get object {key}"), error)),
         };
         let body = got.body.collect().await;
         body.map(|it| Some(it.into_bytes())).map_err(|error| Error::StoreAway { doing: format!("get object {key}"), source: error.into() })
@@ -168,7 +168,7 @@ impl Store {
         let keys_max = i32::try_from(keys_max).unwrap_or(PAGE).clamp(1, PAGE);
         let list = self.client.list_objects_v2().bucket(&self.bucket).prefix(prefix).max_keys(keys_max);
         let list = list.set_start_after(start_after.map(str::to_owned)).set_delimiter(delimiter.map(str::to_owned));
-        let listed = list.send().await.map_err(|error| failed(format!("list {prefix}"), error))?;
+        let listed = list.send().await.map_err(|error| self.failed(format!("list {prefix}"), error))?;
         let size = |bytes: Option<i64>| bytes.and_then(|it| u64::try_from(it).ok()).unwrap_or_default();
         Ok(Page {
             truncated: listed.is_truncated.unwrap_or_default(),
@@ -179,7 +179,7 @@ impl Store {
 
     pub async fn delete(&self, key: &str) -> Result<(), Error> {
         let sent = self.client.delete_object().bucket(&self.bucket).key(key).send().await;
-        sent.map(|_| ()).map_err(|error| failed(format!("delete object {key}"), error))
+        sent.map(|_| ()).map_err(|error| self.failed(format!("delete object {key}"), error))
     }
 
     async fn ensure_bucket(&self, region: &str) -> Result<(), Error> {
@@ -191,7 +191,12 @@ impl Store {
                 let found = error.raw_response().and_then(|it| it.headers().get(BUCKET_REGION)).unwrap_or("another one").to_owned();
                 return Err(Error::WrongRegion { bucket: self.bucket.clone(), region: region.to_owned(), found });
             }
-            Err(error) => return Err(failed(doing(), error)),
+            Err(error) => {
+                // An answer to HEAD has no body that could say which key or right is wrong; one to a listing has.
+                let refused = self.failed(doing(), error);
+                let asked = self.client.list_objects_v2().bucket(&self.bucket).max_keys(1).send().await;
+                return Err(asked.err().map_or(refused, |error| self.failed(doing(), error)));
+            }
         }
         let mut create = self.client.create_bucket().bucket(&self.bucket);
         if region != "us-east-1" {
@@ -205,7 +210,7 @@ impl Store {
             }
             // Another process of ours was quicker.
             Err(error) if matches!(error.code(), Some("BucketAlreadyOwnedByYou")) => Ok(()),
-            Err(error) => match failed(doing(), error) {
+            Err(error) => match self.failed(doing(), error) {
                 Error::StoreRefuses { source, .. } => Err(Error::NoBucket { bucket: self.bucket.clone(), address: self.address.clone(), source }),
                 away => Err(away),
             },
@@ -232,6 +237,28 @@ impl Store {
             tracing::warn!(key, error = crate::fault::chain(&error), "the object of a check stays behind, it can be deleted");
         }
         verdict
+    }
+
+    /// 4xx other than a conflict or a request to slow down is a refusal: a person must change something.
+    pub(super) fn failed<E>(&self, doing: String, error: SdkError<E>) -> Error
+    where
+        E: std::error::Error + Send + Sync + ProvideErrorMetadata + 'static,
+    {
+        let status = status(&error);
+        if error.code() == Some("NoSuchBucket") {
+            return Error::BucketGone { bucket: self.bucket.clone(), address: self.address.clone(), doing };
+        }
+        let source: Cause = match (status, error.code(), error.message()) {
+            (Some(status), Some(code), message) => format!("{status} {code} {}", message.unwrap_or_default()).trim_end().to_owned(),
+            (Some(status), None, _) => format!("{status} from {}", self.address),
+            (None, ..) if matches!(error, SdkError::DispatchFailure(_) | SdkError::TimeoutError(_)) => {
+                format!("no answer from {}: {}", self.address, innermost(&error))
+            }
+            (None, ..) => innermost(&error),
+        }
+        .into();
+        let refuses = matches!(status, Some(400 | 401 | 403 | 404 | 405 | 411 | 501));
+        if refuses { Error::StoreRefuses { doing, source } } else { Error::StoreAway { doing, source } }
     }
 }
 
@@ -272,19 +299,10 @@ fn status<E>(error: &SdkError<E>) -> Option<u16> {
     error.raw_response().map(|it| it.status().as_u16())
 }
 
-/// 4xx other than a conflict or a request to slow down is a refusal: a person must change something.
-pub(super) fn failed<E>(doing: String, error: SdkError<E>) -> Error
-where
-    E: std::error::Error + Send + Sync + ProvideErrorMetadata + 'static,
-{
-    let status = status(&error);
-    let source: Cause = DisplayErrorContext(&error).to_string().lines().next().unwrap_or_default().to_owned().into();
-    let source = match (status, error.code(), error.message()) {
-        (Some(status), Some(code), message) => format!("{status} {code} {}", message.unwrap_or_default()).trim_end().to_owned().into(),
-        _ => source,
-    };
-    let refuses = matches!(status, Some(400 | 401 | 403 | 404 | 405 | 411 | 501));
-    if refuses { Error::StoreRefuses { doing, source } } else { Error::StoreAway { doing, source } }
+/// The innermost cause: the ones around it only say that a request was not answered.
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |it| it.source());
+    causes.last().unwrap_or(error).to_string()
 }
 
 #[cfg(test)]

@@ -134,7 +134,7 @@ impl Walk<'_> {
             while let Some((key, stored)) = fetched.next().await {
                 let stored = match stored {
                     Ok(stored) => stored,
-                    Err(error @ (Error::StoreAway { .. } | Error::StoreRefuses { .. })) => return Err(error),
+                    Err(error @ (Error::StoreAway { .. } | Error::StoreRefuses { .. } | Error::BucketGone { .. })) => return Err(error),
                     Err(error) => {
                         proof.finds(key, chain(&error));
                         tail = Tail::Unreadable;

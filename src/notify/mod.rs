@@ -237,7 +237,7 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
-    #[error("could not send the mail to {server}")]
+    #[error("could not send the mail to {server}{}", transport::what_helps(source))]
     Smtp {
         server: String,
         #[source]

@@ -186,6 +186,15 @@ fn speaks_of_us(code: &str) -> bool {
     ["421", "452", "454", "530", "534", "535", "538", "554"].contains(&code)
 }
 
+/// The letter waits while a person changes the settings: which ones, is said with the server's answer.
+pub(super) fn what_helps(error: &lettre::transport::smtp::Error) -> &'static str {
+    match error.status().map(|code| code.to_string()).as_deref() {
+        Some("534" | "535") => " (check the user in mail.transport and LEDGERLINE__MAIL__PASSWORD)",
+        Some("530" | "538") => " (it wants a sign-in or encryption: name a user and ?tls=required in mail.transport)",
+        _ => "",
+    }
+}
+
 async fn write(directory: &Path, kept: usize, parcel: Parcel) -> Result<(), Error> {
     let path = directory.join(&parcel.file_name);
     let (directory, shown) = (directory.to_owned(), path.display().to_string());

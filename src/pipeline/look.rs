@@ -21,7 +21,7 @@ use crate::{
     fault::chain,
     lake,
     secret::Secret,
-    stream::tail,
+    stream::{self, range},
     units::{bytes_for_people, grouped},
 };
 
@@ -52,7 +52,7 @@ const FINDINGS_MAX: usize = 50;
 /// Where the looks are taken. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Eyes {
-    kafka: Arc<str>,
+    kafka: stream::Access,
     lake: lake::Access,
     state: Secret,
     topics: Topics,
@@ -65,7 +65,7 @@ pub(super) struct Eyes {
 impl Eyes {
     pub(super) fn new(addresses: &Addresses, topics: &Topics, log: &Path, stop: CancellationToken) -> Self {
         let Addresses { kafka, lake, state, .. } = addresses.clone();
-        Self { kafka: kafka.into(), lake, state, topics: topics.clone(), log: log.into(), stop }
+        Self { kafka, lake, state, topics: topics.clone(), log: log.into(), stop }
     }
 
     /// Looks, and says in words what is in the way. A long look ends where the pipeline does.
@@ -100,7 +100,7 @@ impl Eyes {
             // Whoever looks at customers leaves a trace.
             info!(topic, "messages are shown unmasked to an operator");
         }
-        let found = tail::newest(&self.kafka, &topic, MESSAGES_MAX).await.map_err(|error| chain(&error))?;
+        let found = range::newest(&self.kafka, &topic, MESSAGES_MAX).await.map_err(|error| chain(&error))?;
         if found.is_empty() {
             return Ok(Reply::done(format!("{topic} holds no message yet")));
         }
@@ -194,7 +194,7 @@ fn at(milliseconds: i64) -> String {
     DateTime::from_timestamp_millis(milliseconds).map_or_else(|| "–".to_owned(), |it| it.format("%F %H:%M:%S%.3f").to_string())
 }
 
-fn message(seen: &tail::Seen, revealed: bool) -> Vec<String> {
+fn message(seen: &range::Kept, revealed: bool) -> Vec<String> {
     let when = seen.timestamp_ms.map_or_else(|| "no time".to_owned(), at);
     let key = seen.key.as_deref().map(|it| String::from_utf8_lossy(it).into_owned());
     let mut lines = vec![format!("p={} offset {} · {when} · key {}", seen.partition, grouped_offset(seen.offset), key.as_deref().unwrap_or("none"))];
@@ -311,13 +311,14 @@ mod tests {
     use super::*;
     use bytes::Bytes;
 
-    fn seen(value: Option<&str>) -> tail::Seen {
-        tail::Seen {
+    fn seen(value: Option<&str>) -> range::Kept {
+        range::Kept {
             partition: 0,
             offset: 44_059,
             timestamp_ms: Some(1_780_000_000_000),
             key: Some(Bytes::from_static(br#"{"id":17}"#)),
             value: value.map(|it| Bytes::copy_from_slice(it.as_bytes())),
+            headers: Vec::new(),
         }
     }
 

@@ -10,14 +10,15 @@ use tokio::{
 use url::Url;
 
 use crate::{
-    config::{Config, EMBEDDED},
+    config::{Config, EMBEDDED, Loaded},
     embedded::Progress,
     fault::{Diagnose, Fault},
+    stream::{self, topics},
     units::Span,
     warehouse,
 };
 
-use super::services::{AWS, Needs};
+use super::services::{self, AWS, Needs};
 
 /// A host that says nothing at all is given up by then.
 const TRY_MAX: Duration = Duration::from_secs(3);
@@ -113,6 +114,37 @@ pub async fn wait_for(places: &[Place], grace: Span, progress: &Progress) -> Res
         }
     }
     Ok(())
+}
+
+/// Whether Kafka, where it is not ours, lets us in. A refusal is told at once, whatever may pass is waited for.
+pub async fn sign_in(loaded: &Loaded) -> Result<(), SignIn> {
+    let Some(kafka) = services::external_kafka(loaded)? else { return Ok(()) };
+    let deadline = Instant::now() + *loaded.config.startup_grace;
+    let asking = topics::Topics::connect(kafka)?;
+    loop {
+        match asking.partitions().await {
+            Ok(_) => return Ok(()),
+            Err(error) if error.fault() != Fault::Transient || Instant::now() >= deadline => return Err(error.into()),
+            Err(_) => sleep(AGAIN_AFTER).await,
+        }
+    }
+}
+
+/// Why Kafka does not let us in.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub enum SignIn {
+    Unusable(#[from] stream::Unusable),
+    Refused(#[from] topics::Error),
+}
+
+impl Diagnose for SignIn {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Unusable(error) => error.fault(),
+            Self::Refused(error) => error.fault(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use crate::{
     fault::{Diagnose, Fault},
     lake,
     secret::Secret,
-    warehouse,
+    stream, warehouse,
 };
 
 use super::{
@@ -46,7 +46,7 @@ pub struct Addresses {
     pub source: Secret,
     pub warehouse: warehouse::Access,
     pub state: Secret,
-    pub kafka: String,
+    pub kafka: stream::Access,
     pub lake: lake::Access,
     /// The interpreter of the private environment that dbt runs in.
     pub python: Option<PathBuf>,
@@ -93,6 +93,8 @@ pub enum Error {
     #[error(transparent)]
     Snowflake(#[from] warehouse::snowflake::Error),
     #[error(transparent)]
+    Stream(#[from] stream::Unusable),
+    #[error(transparent)]
     Postgres(#[from] postgres::Error),
     #[error("{key} is not an address: {why}")]
     Address { key: &'static str, why: String },
@@ -111,6 +113,7 @@ impl Diagnose for Error {
             Self::Python(error) => error.fault(),
             #[cfg(feature = "snowflake")]
             Self::Snowflake(error) => error.fault(),
+            Self::Stream(error) => error.fault(),
             Self::Postgres(error) => error.fault(),
             Self::Address { key, .. } => Fault::Operator(format!("correct {key}: \"embedded\", or an address with a scheme and a host")),
             Self::NoBoundaries => Fault::Operator("set cdc.transaction_metadata = true, or run `ledgerline cdc` and `ledgerline sink` without dbt".to_owned()),
@@ -131,7 +134,7 @@ pub(super) const AWS: &str = "aws";
 
 impl Printed {
     /// What a client of the owning pipeline needs; it has no Python of its own.
-    pub fn into_addresses(self) -> Result<Addresses, Error> {
+    pub fn into_addresses(self, loaded: &Loaded) -> Result<Addresses, Error> {
         let endpoint = match self.s3.endpoint.as_str() {
             "" => None,
             endpoint => Some(Url::parse(endpoint).map_err(|error| Error::Address { key: "lake.endpoint", why: error.to_string() })?),
@@ -148,7 +151,8 @@ impl Printed {
             source: Secret::new(self.source),
             warehouse: Secret::new(self.warehouse).into(),
             state: Secret::new(self.state),
-            kafka: self.kafka,
+            // How to sign in is for each to know by itself.
+            kafka: external_kafka(loaded)?.map_or_else(|| self.kafka.as_str().into(), |it| it.at(&self.kafka)),
             lake,
             python: None,
         })
@@ -184,7 +188,7 @@ impl Services {
             source: Secret::default(),
             warehouse: warehouse::Access::default(),
             state: Secret::default(),
-            kafka: config.stream.bootstrap_servers.clone(),
+            kafka: config.stream.bootstrap_servers.as_str().into(),
             lake,
             python: None,
         };
@@ -202,6 +206,9 @@ impl Services {
                     external_database(key, url, None)?;
                 }
             }
+        }
+        if needs.stream {
+            external_kafka(loaded)?;
         }
         if needs.lake && config.lake.endpoint != EMBEDDED {
             external_lake(loaded)?;
@@ -226,13 +233,16 @@ impl Services {
     async fn start_stream_and_lake(&mut self, loaded: &Loaded, data_dir: &DataDir, needs: Needs) -> Result<(), Error> {
         let config = &loaded.config;
         // Broker and store are ready at once; PostgreSQL may first have to be installed.
-        if needs.stream && config.stream.bootstrap_servers == EMBEDDED {
+        let external = if needs.stream { external_kafka(loaded)? } else { None };
+        if let Some(external) = external {
+            self.addresses.kafka = external;
+        } else if needs.stream {
             let topics = Topics::new(config.cdc.topic_prefix.clone());
             // What lands stays until the lake says how far it is, also if the lake has not started for a week.
             let lands = move |topic: &str| topics.lake_name(topic).is_some();
             let broker = kafka::Config { dir: data_dir.join("kafka"), port: config.embedded.kafka_port, ..kafka::Config::default() };
             let broker = kafka::Broker::start_holding(broker, lands).await?;
-            self.addresses.kafka = broker.address();
+            self.addresses.kafka = broker.address().into();
             self.kafka = Some(Arc::new(broker));
         }
         if needs.lake {
@@ -262,8 +272,7 @@ impl Services {
         let config = &loaded.config;
         let postgres_embedded = needs.postgres && [&config.source.url, &config.warehouse.url, &config.state.url].into_iter().any(|it| it == EMBEDDED);
         if postgres_embedded || needs.dbt {
-            let on_snowflake = needs.dbt && warehouse::is_snowflake(&config.warehouse.url);
-            let venv = if on_snowflake { python::Venv::ensure_for_snowflake(progress).await? } else { python::Venv::ensure(progress).await? };
+            let venv = python::Venv::ensure(progress).await?;
             self.addresses.python = Some(venv.python().to_owned());
             if postgres_embedded {
                 let config = postgres::Config {
@@ -338,7 +347,7 @@ impl Services {
             source: self.addresses.source.reveal().to_owned(),
             warehouse: self.addresses.warehouse.url.reveal().to_owned(),
             state: self.addresses.state.reveal().to_owned(),
-            kafka: self.addresses.kafka.clone(),
+            kafka: self.addresses.kafka.to_string(),
             s3: PrintedS3 {
                 endpoint: lake.endpoint.as_ref().map(|it| it.as_str().trim_end_matches('/').to_owned()).unwrap_or_default(),
                 region: lake.region.clone(),
@@ -387,6 +396,22 @@ fn external_database(key: &'static str, configured: &str, password: Option<&Secr
     Ok(Secret::new(url))
 }
 
+/// Refuses what only another build can do.
+pub fn check_build(loaded: &Loaded) -> Result<(), Error> {
+    let stream = &loaded.config.stream;
+    if stream.bootstrap_servers != EMBEDDED {
+        stream::Access::check_build(stream)?;
+    }
+    Ok(())
+}
+
+/// Brokers that are not ours. What cannot be used is told before anything is started.
+pub(super) fn external_kafka(loaded: &Loaded) -> Result<Option<stream::Access>, stream::Unusable> {
+    let stream = &loaded.config.stream;
+    let access = || stream::Access::new(stream, loaded.secrets.sasl_password.as_ref(), &loaded.base);
+    (stream.bootstrap_servers != EMBEDDED).then(access).transpose()
+}
+
 /// An account of Snowflake's: what can be wrong with its address and key is told before anything is started.
 #[cfg(feature = "snowflake")]
 fn external_snowflake(loaded: &Loaded) -> Result<warehouse::Access, Error> {
@@ -395,7 +420,8 @@ fn external_snowflake(loaded: &Loaded) -> Result<warehouse::Access, Error> {
         "" => None,
         endpoint => Some(Url::parse(endpoint).map_err(|error| Error::Address { key: "warehouse.endpoint", why: error.to_string() })?),
     };
-    let access = warehouse::Access { url: Secret::new(&config.url), endpoint, private_key: loaded.secrets.warehouse_private_key.clone() };
+    let stage = Some(config.stage.clone()).filter(|it| !it.is_empty());
+    let access = warehouse::Access { url: Secret::new(&config.url), endpoint, private_key: loaded.secrets.warehouse_private_key.clone(), stage };
     warehouse::snowflake::Settings::new(&access)?;
     Ok(access)
 }

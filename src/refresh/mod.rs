@@ -167,21 +167,22 @@ struct Discovered {
 async fn discover(house: &House, context: &TaskContext) -> Result<TaskOutcome, TaskError> {
     let rooms = &house.rooms;
     let mut kept = house.loading.lock().await;
+    let warehouse = rooms.warehouse.tagged(&tag_of(context));
     if !kept.prepared {
-        rooms.warehouse.prepare().await.map_err(|error| TaskError::from(&error))?;
+        warehouse.prepare().await.map_err(|error| TaskError::from(&error))?;
         kept.prepared = true;
     }
     let ends = (rooms.snapshot_ends)().await?;
     if let Some(ends) = ends.filter(|it| kept.snapshot_ends.as_ref() != Some(it)) {
-        rooms.warehouse.set_snapshot_ends(&ends).await.map_err(|error| TaskError::from(&error))?;
+        warehouse.set_snapshot_ends(&ends).await.map_err(|error| TaskError::from(&error))?;
         context.log.line(format!("the initial snapshot ended; {} lanes are complete once they are loaded up to there", ends.lanes.len()));
         kept.snapshot_ends = Some(ends);
     }
     drop(kept);
     // Before any load of this run begins: a try that is killed leaves its part loaded, and the report must count it.
-    let loaded = rooms.warehouse.loaded_positions().await.map_err(|error| TaskError::from(&error))?;
+    let loaded = warehouse.loaded_positions().await.map_err(|error| TaskError::from(&error))?;
     let loaded = loaded.into_iter().map(|(lane, last_offset)| Position { topic: lane.topic.to_string(), partition: lane.partition, last_offset }).collect();
-    let pending = warehouse::load::discover(&rooms.store, &rooms.warehouse, &rooms.topics).await.map_err(|error| TaskError::from(&error))?;
+    let pending = warehouse::load::discover(&rooms.store, &warehouse, &rooms.topics).await.map_err(|error| TaskError::from(&error))?;
     for table in pending.iter().filter(|it| it.files > 0) {
         context.log.line(format!("{}: {} files with {} rows wait", table.table, table.files, table.rows));
     }

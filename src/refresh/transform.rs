@@ -62,7 +62,7 @@ pub(super) struct KpiNote {
 pub(super) async fn invoke(house: &House, context: &TaskContext, invocation: Invocation) -> Result<TaskOutcome, TaskError> {
     let rooms = &house.rooms;
     let command = invocation.command;
-    let invocation = invocation.with_var("topic_prefix", rooms.topics.prefix()).with_var("snapshot", rooms.snapshot.clone());
+    let invocation = invocation.with_var("topic_prefix", rooms.topics.prefix()).with_var("snapshot", rooms.snapshot.clone()).with_tag(super::tag_of(context));
     house.board.lay_out(&context.run_id, &rooms.dbt.nodes());
     let (events_in, mut events) = mpsc::channel(EVENTS_WAITING_MAX);
     let listen = async {
@@ -137,7 +137,7 @@ pub(super) async fn reconcile(house: &House, context: &TaskContext) -> Result<Ta
         Some(mark) => mark,
         None => reconcile::mark(&house.rooms.source).await.map_err(|error| TaskError::from(&error))?,
     };
-    let settled = settle(house, &mark, drained).await;
+    let settled = settle(house, context, &mark, drained).await;
     let report = match settled {
         Ok(report) => report,
         Err(error @ warehouse::Error::StaleMark { .. }) => {
@@ -168,9 +168,10 @@ pub(super) async fn reconcile(house: &House, context: &TaskContext) -> Result<Ta
     verdict(report, worked)
 }
 
-async fn settle(house: &House, mark: &Mark, drained: bool) -> Result<Report, warehouse::Error> {
+async fn settle(house: &House, context: &TaskContext, mark: &Mark, drained: bool) -> Result<Report, warehouse::Error> {
     let rooms = &house.rooms;
-    Box::pin(reconcile::settle(mark, &rooms.source, &rooms.store, &rooms.warehouse, &rooms.topics, drained)).await
+    let tagged = rooms.warehouse.tagged(&super::tag_of(context));
+    Box::pin(reconcile::settle(mark, &rooms.source, &rooms.store, &tagged, &rooms.topics, drained)).await
 }
 
 fn verdict(report: Report, worked: Duration) -> Result<TaskOutcome, TaskError> {
@@ -191,7 +192,8 @@ fn said(check: &Check) -> String {
 
 /// Reads the ten numbers, and how long the newest transactions took to get into them.
 pub(super) async fn refresh_kpis(house: &House, context: &TaskContext) -> Result<TaskOutcome, TaskError> {
-    let reading = kpi::read_as_of(&house.rooms.warehouse).await.map_err(|error| TaskError::from(&error))?;
+    let tagged = house.rooms.warehouse.tagged(&super::tag_of(context));
+    let reading = kpi::read_as_of(&tagged).await.map_err(|error| TaskError::from(&error))?;
     let read_at = Utc::now();
     if let Some(cut) = reading.cut {
         context.log.line(format!("as of {}, {} ms ago", cut.committed_at, (read_at - cut.committed_at).num_milliseconds()));
@@ -202,7 +204,7 @@ pub(super) async fn refresh_kpis(house: &House, context: &TaskContext) -> Result
     house.board.kpis(KpiStats { reading, read_at, run_id: context.run_id.clone() });
     // Behind the moment at which they can be seen, not before it.
     if let Some(cut) = cut {
-        match kpi::measure(&house.rooms.warehouse, cut.lsn, Utc::now()).await {
+        match kpi::measure(&tagged, cut.lsn, Utc::now()).await {
             Ok(took) => house.board.shown(&took),
             Err(error) => context.log.line(format!("the way from commit to KPI was not measured: {}", chain(&error))),
         }

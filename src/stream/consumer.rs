@@ -22,7 +22,7 @@ mod worker;
 
 use self::worker::{Callbacks, LaneWish, Shared, Worker};
 use super::{
-    Lane,
+    Access, Lane,
     records::{Budget, Records},
 };
 
@@ -36,7 +36,7 @@ const LEAVE: Duration = Duration::from_secs(5);
 /// What a consumer is made from.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    pub bootstrap_servers: String,
+    pub access: Access,
     pub group: String,
     /// Topics by name or, with a leading `^`, by regular expression.
     pub topics: Vec<String>,
@@ -202,11 +202,9 @@ async fn blocking<T: Send + 'static>(ask: impl FnOnce() -> KafkaResult<T> + Send
 }
 
 fn client_config(settings: &Settings) -> ClientConfig {
-    let mut config = ClientConfig::new();
+    let mut config = settings.access.client("ledgerline-lake");
     config
-        .set("bootstrap.servers", &settings.bootstrap_servers)
         .set("group.id", &settings.group)
-        .set("client.id", "ledgerline-lake")
         .set("group.protocol", "classic")
         .set("partition.assignment.strategy", "cooperative-sticky")
         // A sink that was killed holds up the others no longer than this.
@@ -216,6 +214,8 @@ fn client_config(settings: &Settings) -> ClientConfig {
         .set("enable.auto.offset.store", "false")
         .set("auto.offset.reset", "error")
         .set("allow.auto.create.topics", "false")
+        // A broker that is back is found within a second, not ten.
+        .set("reconnect.backoff.max.ms", "1000")
         .set("topic.metadata.refresh.interval.ms", "5000")
         // The default back-off of a second cuts the throughput to a third.
         .set("fetch.queue.backoff.ms", "5")

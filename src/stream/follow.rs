@@ -2,18 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use rdkafka::{
-    Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
-    error::KafkaError,
-    message::BorrowedMessage,
-    types::RDKafkaErrorCode,
-};
+use rdkafka::{Message as _, Offset, TopicPartitionList, consumer::Consumer as _, error::KafkaError, message::BorrowedMessage, types::RDKafkaErrorCode};
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    Lane,
+    Access, Hearing, Lane,
+    access::Reader,
     topics::{Error, settings},
 };
 
@@ -40,13 +35,15 @@ pub struct Follower<T> {
 impl<T: Send + 'static> Follower<T> {
     /// Reads each lane from its offset on. `read` says what of a record is of interest.
     pub fn start(
-        bootstrap_servers: &str,
+        access: impl Into<Access>,
         lanes: &[(Lane, i64)],
         mut read: impl FnMut(&BorrowedMessage<'_>) -> Option<T> + Send + 'static,
     ) -> Result<Self, Error> {
-        let failed = |source| Error::Ask { bootstrap_servers: bootstrap_servers.to_owned(), source };
-        let consumer: BaseConsumer =
-            settings(bootstrap_servers).set("enable.partition.eof", "false").set("fetch.wait.max.ms", "100").create().map_err(failed)?;
+        let access = access.into();
+        let failed = |source| Error::new(&access, source, None);
+        let mut settings = settings(&access);
+        settings.set("enable.partition.eof", "false").set("fetch.wait.max.ms", "100");
+        let consumer: Reader = settings.create_with_context(Hearing::default()).map_err(failed)?;
         let mut assignment = TopicPartitionList::new();
         for (lane, offset) in lanes {
             assignment.add_partition_offset(&lane.topic, lane.partition, Offset::Offset(*offset)).map_err(failed)?;
@@ -67,7 +64,7 @@ impl<T: Send + 'static> Follower<T> {
                         read(&message).map(Followed::Found)
                     }
                     Some(Err(KafkaError::MessageConsumption(RDKafkaErrorCode::AllBrokersDown))) if !std::mem::replace(&mut away, true) => {
-                        Some(Followed::Away("no broker answers".to_owned()))
+                        Some(Followed::Away(consumer.context().take().map_or_else(|| "no broker answers".to_owned(), |it| it.to_string())))
                     }
                     Some(Err(_)) => None,
                 };

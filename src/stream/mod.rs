@@ -1,18 +1,20 @@
 //! How we speak Kafka. No stage lives here: `cdc` owns a producer, `lake` owns a consumer.
 
-use std::{fmt, num::NonZeroU32, sync::Arc};
+use std::{fmt, num::NonZeroU32, path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 
+mod access;
 pub mod consumer;
 pub mod follow;
 pub mod producer;
 pub mod range;
 pub mod records;
-pub mod tail;
 pub mod topics;
 
-/// Settings of the stream, `[stream]` in `config.toml`.
+pub use access::{Access, Hearing, Mechanism, Protocol, Refusal, Unusable};
+
+/// Settings of the stream, `[stream]` in `config.toml`. The password comes from `LEDGERLINE__STREAM__SASL_PASSWORD`.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -22,11 +24,31 @@ pub struct Config {
     pub partitions: NonZeroU32,
     /// Replicas of each topic when we create it; 0 is what the brokers' `default.replication.factor` says.
     pub replication_factor: u16,
+    /// How clients reach the brokers' listener, as Kafka calls it.
+    pub security_protocol: Protocol,
+    /// How they sign in, where the protocol is one with SASL.
+    pub sasl_mechanism: Mechanism,
+    pub sasl_username: String,
+    /// The authorities whose signature a broker's certificate must have, as PEM; empty are the system's.
+    pub ca_file: PathBuf,
+    /// Our own certificate and its key, as PEM, for brokers that ask for one; empty shows them none.
+    pub certificate_file: PathBuf,
+    pub key_file: PathBuf,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { bootstrap_servers: "embedded".to_owned(), partitions: NonZeroU32::MIN, replication_factor: 0 }
+        Self {
+            bootstrap_servers: "embedded".to_owned(),
+            partitions: NonZeroU32::MIN,
+            replication_factor: 0,
+            security_protocol: Protocol::default(),
+            sasl_mechanism: Mechanism::default(),
+            sasl_username: String::new(),
+            ca_file: PathBuf::new(),
+            certificate_file: PathBuf::new(),
+            key_file: PathBuf::new(),
+        }
     }
 }
 

@@ -15,12 +15,14 @@ use std::{
 
 use rdkafka::{
     ClientConfig, ClientContext, Message,
+    config::RDKafkaLogLevel,
     error::{KafkaError, RDKafkaErrorCode},
     message::{DeliveryResult, Header, Headers as _, OwnedHeaders},
     producer::{BaseRecord, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer},
 };
 use tokio::sync::Notify;
 
+use super::{Access, Hearing, access};
 use crate::fault::{Diagnose, Fault};
 
 /// Bytes that may wait for the broker. With the message overhead it stays well below 64 MiB of memory.
@@ -138,6 +140,8 @@ struct Shared {
     failed: AtomicBool,
     /// Whether the broker could not be reached when we last heard of it.
     away: AtomicBool,
+    /// Whether it is there and refuses us.
+    hearing: Hearing,
 }
 
 impl Shared {
@@ -153,13 +157,22 @@ impl Shared {
 struct Deliveries(Arc<Shared>);
 
 impl ClientContext for Deliveries {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.0.hearing.hear(message);
+        access::log(level, facility, message);
+    }
+
     fn error(&self, error: KafkaError, reason: &str) {
+        self.0.hearing.hear(reason);
         if let Some(RDKafkaErrorCode::Fatal) = error.rdkafka_error_code() {
             self.0.fail(Error::Broken(reason.to_owned()));
         } else if let Some(RDKafkaErrorCode::AllBrokersDown) = error.rdkafka_error_code()
             && !self.0.away.swap(true, Ordering::Relaxed)
         {
-            tracing::warn!(reason, "the broker is away, messages wait");
+            match self.0.hearing.take() {
+                Some(refusal) => tracing::warn!(remedy = refusal.remedy, "{}; messages wait", refusal.why),
+                None => tracing::warn!(reason, "the broker is away, messages wait"),
+            }
         }
     }
 }
@@ -200,9 +213,9 @@ impl Producer {
     ///
     /// `topic_bytes_max` is the largest batch that every topic it will send to takes: librdkafka does not split what a
     /// broker refused, so one larger batch of ordinary rows would end it for good.
-    pub fn new(bootstrap_servers: &str, topic_bytes_max: usize) -> Result<Self, Error> {
+    pub fn new(access: impl Into<Access>, topic_bytes_max: usize) -> Result<Self, Error> {
         let shared = Arc::new(Shared::default());
-        let inner = settings(bootstrap_servers, topic_bytes_max).create_with_context(Deliveries(Arc::clone(&shared))).map_err(Error::Setup)?;
+        let inner = settings(&access.into(), topic_bytes_max).create_with_context(Deliveries(Arc::clone(&shared))).map_err(Error::Setup)?;
         Ok(Self { inner: Some(inner), shared })
     }
 
@@ -299,11 +312,9 @@ pub(super) fn drop_elsewhere(client: impl Send + 'static) {
     drop(std::thread::Builder::new().name("kafka-goodbye".to_owned()).spawn(move || drop(client)));
 }
 
-fn settings(bootstrap_servers: &str, topic_bytes_max: usize) -> ClientConfig {
-    let mut settings = ClientConfig::new();
+fn settings(access: &Access, topic_bytes_max: usize) -> ClientConfig {
+    let mut settings = access.client("ledgerline-cdc");
     settings
-        .set("bootstrap.servers", bootstrap_servers)
-        .set("client.id", "ledgerline-cdc")
         .set("enable.idempotence", "true")
         .set("acks", "all")
         // A message waits for the broker for ever; giving up would be a hole.

@@ -3,16 +3,14 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use rdkafka::{
-    Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
-    error::KafkaError,
-    message::Headers as _,
-    types::RDKafkaErrorCode,
-};
+use rdkafka::{Message as _, Offset, TopicPartitionList, consumer::Consumer as _, error::KafkaError, message::Headers as _, types::RDKafkaErrorCode};
 use tokio::sync::mpsc;
 
-use super::topics::{ANSWER_MAX, Error, Watermarks, settings};
+use super::{
+    Access, Refusal,
+    access::Reader,
+    topics::{ANSWER_MAX, Error, Topics, Watermarks, reader},
+};
 
 /// A record with its headers, as it lies in the topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,33 +42,32 @@ const LOOK_UP: Duration = Duration::from_millis(250);
 /// A reading on a thread that may wait. Dropped, it ends.
 #[derive(Debug)]
 pub struct Range {
-    bootstrap_servers: String,
+    access: Access,
     told: mpsc::Receiver<Told>,
 }
 
 #[derive(Debug)]
 enum Told {
     Record(Kept),
-    Failed(KafkaError),
+    Failed(KafkaError, Option<Refusal>),
 }
 
 impl Range {
     /// Begins to read, and tells how far the partitions reach: none where there is no such topic.
-    pub async fn open(bootstrap_servers: &str, topic: &str, from: From) -> Result<(Self, Reach), Error> {
-        let failed = |source| Error::Ask { bootstrap_servers: bootstrap_servers.to_owned(), source };
-        let (servers, name) = (bootstrap_servers.to_owned(), topic.to_owned());
-        let opened = tokio::task::spawn_blocking(move || assign(&servers, &name, from)).await.map_err(Error::Task)?;
-        let (reader, ends, marks) = opened.map_err(failed)?;
+    pub async fn open(access: impl Into<Access>, topic: &str, from: From) -> Result<(Self, Reach), Error> {
+        let access = access.into();
+        let marks: Reach = Topics::connect(&access)?.marks(topic.to_owned()).await?;
+        let (reader, ends) = assign(&access, topic, from, &marks).map_err(|source| Error::new(&access, source, None))?;
         let (tell, told) = mpsc::channel(WAITING_MAX);
         // A task of the blocking pool would hold up the end of the process; this thread holds up nothing.
         let spawned = std::thread::Builder::new().name("kafka-range".to_owned()).spawn(move || {
             if let Err(error) = read(&reader, ends, &tell) {
                 // Nobody listens any more, or will hear it next.
-                let _ = tell.blocking_send(Told::Failed(error));
+                let _ = tell.blocking_send(Told::Failed(error, reader.context().take()));
             }
         });
-        spawned.map_err(|error| failed(KafkaError::ClientCreation(error.to_string())))?;
-        Ok((Self { bootstrap_servers: bootstrap_servers.to_owned(), told }, marks))
+        spawned.map_err(|error| Error::new(&access, KafkaError::ClientCreation(error.to_string()), None))?;
+        Ok((Self { access, told }, marks))
     }
 
     /// The next record, partitions mixed, each in order; None at the end. Cancel-safe. A broker that is silent for ten
@@ -78,7 +75,7 @@ impl Range {
     pub async fn next(&mut self) -> Option<Result<Kept, Error>> {
         match self.told.recv().await? {
             Told::Record(record) => Some(Ok(record)),
-            Told::Failed(source) => Some(Err(Error::Ask { bootstrap_servers: self.bootstrap_servers.clone(), source })),
+            Told::Failed(source, refusal) => Some(Err(Error::new(&self.access, source, refusal))),
         }
     }
 }
@@ -88,28 +85,37 @@ type Ends = Vec<(i32, i64)>;
 /// Partitions with how far they reach.
 pub type Reach = Vec<(i32, Watermarks)>;
 
-fn assign(bootstrap_servers: &str, topic: &str, from: From) -> Result<(BaseConsumer, Ends, Reach), KafkaError> {
-    let reader: BaseConsumer = settings(bootstrap_servers).create()?;
-    let metadata = reader.fetch_metadata(Some(topic), ANSWER_MAX)?;
-    let (mut assignment, mut ends, mut marks) = (TopicPartitionList::new(), Vec::new(), Vec::new());
-    for partition in metadata.topics().iter().filter(|it| it.error().is_none()).flat_map(|it| it.partitions()) {
-        let (first, end) = reader.fetch_watermarks(topic, partition.id(), ANSWER_MAX)?;
-        marks.push((partition.id(), Watermarks { first, end }));
+/// The newest records of all partitions, newest first, at most `count`; an empty or unknown topic has none.
+pub async fn newest(access: impl Into<Access>, topic: &str, count: usize) -> Result<Vec<Kept>, Error> {
+    let (mut range, _) = Range::open(access, topic, From::Last(i64::try_from(count).unwrap_or(i64::MAX))).await?;
+    let mut found = Vec::new();
+    while let Some(record) = range.next().await {
+        found.push(record?);
+    }
+    found.sort_by_key(|it| std::cmp::Reverse((it.timestamp_ms, it.offset)));
+    found.truncate(count);
+    Ok(found)
+}
+
+fn assign(access: &Access, topic: &str, from: From, marks: &[(i32, Watermarks)]) -> Result<(Reader, Ends), KafkaError> {
+    let reader = reader(access)?;
+    let (mut assignment, mut ends) = (TopicPartitionList::new(), Vec::new());
+    for (partition, Watermarks { first, end }) in marks.iter().copied() {
         let (start, end) = match from {
             From::Last(offsets) => (first.max(end.saturating_sub(offsets)), end),
-            From::At { partition: wanted, offset } if wanted == partition.id() && offset >= first => (offset, end.min(offset + 1)),
+            From::At { partition: wanted, offset } if wanted == partition && offset >= first => (offset, end.min(offset + 1)),
             From::At { .. } => (end, end),
         };
         if start < end {
-            assignment.add_partition_offset(topic, partition.id(), Offset::Offset(start))?;
-            ends.push((partition.id(), end));
+            assignment.add_partition_offset(topic, partition, Offset::Offset(start))?;
+            ends.push((partition, end));
         }
     }
     reader.assign(&assignment)?;
-    Ok((reader, ends, marks))
+    Ok((reader, ends))
 }
 
-fn read(reader: &BaseConsumer, mut open: Ends, tell: &mpsc::Sender<Told>) -> Result<(), KafkaError> {
+fn read(reader: &Reader, mut open: Ends, tell: &mpsc::Sender<Told>) -> Result<(), KafkaError> {
     let mut heard = Instant::now();
     while !open.is_empty() && !tell.is_closed() {
         let Some(message) = reader.poll(LOOK_UP) else {

@@ -1,24 +1,35 @@
 //! Topics: made if missing, and how far they reach. Calls of librdkafka that wait are made on threads that may.
 
-use std::{collections::BTreeSet, num::NonZeroU32, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    num::NonZeroU32,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
     admin::{AdminClient, AdminOptions, ConfigResource, NewTopic, ResourceSpecifier, TopicReplication},
     client::DefaultClientContext,
-    consumer::{BaseConsumer, Consumer},
+    consumer::Consumer,
     error::{KafkaError, RDKafkaErrorCode},
     message::{Header, Headers},
 };
 
 use super::{
-    Lane,
+    Access, Hearing, Lane, Refusal,
+    access::{Reader, heard},
     producer::{MESSAGE_BYTES_MAX, drop_elsewhere},
 };
 use crate::fault::{Diagnose, Fault};
 
 /// How long the broker may take for one answer.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// How often a question that waits listens for a refusal.
+const LISTEN: Duration = Duration::from_millis(50);
+/// How long the other brokers have to answer when one has refused us.
+const OTHERS_ANSWER: Duration = Duration::from_secs(1);
 
 /// Kafka's `message.max.bytes`, of brokers and topics that were not told otherwise.
 const BYTES_MAX_BY_DEFAULT: usize = 1_048_588;
@@ -47,6 +58,8 @@ pub enum Error {
         #[source]
         source: KafkaError,
     },
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     #[error("could not create topic {topic}: {code}")]
     Create { topic: String, code: RDKafkaErrorCode },
     #[error("topic {topic} has {found} partitions, and its order needs exactly one")]
@@ -55,10 +68,30 @@ pub enum Error {
     Task(#[source] tokio::task::JoinError),
 }
 
+impl Error {
+    /// A question without an answer; because of the refusal, where one was heard.
+    pub(super) fn new(access: &Access, source: KafkaError, refusal: Option<Refusal>) -> Self {
+        let bootstrap_servers = access.to_string();
+        match refusal {
+            Some(refusal) => Self::Refused(refusal),
+            None => Self::Ask { bootstrap_servers, source },
+        }
+    }
+}
+
 impl Diagnose for Error {
     fn fault(&self) -> Fault {
         match self {
-            Self::Ask { .. } => Fault::Transient,
+            Self::Ask { source: KafkaError::ClientCreation(_) | KafkaError::ClientConfig(..), .. } => {
+                Fault::Operator("check stream.bootstrap_servers, stream.ca_file, stream.certificate_file and stream.key_file".to_owned())
+            }
+            Self::Ask { source, .. } => match source.rdkafka_error_code() {
+                Some(
+                    RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::GroupAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed,
+                ) => Fault::Operator("allow this user to describe and read the pipeline's topics (kafka-acls), or sign in as another".to_owned()),
+                _ => Fault::Transient,
+            },
+            Self::Refused(refusal) => refusal.fault(),
             Self::Create { topic, code } => match code {
                 RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed | RDKafkaErrorCode::PolicyViolation => {
                     Fault::Operator(format!("create topic {topic} by hand, or allow this client to create topics"))
@@ -78,15 +111,15 @@ impl Diagnose for Error {
 /// A client that asks the broker about topics. Cheap to clone.
 #[derive(Clone)]
 pub struct Topics {
-    bootstrap_servers: Arc<str>,
+    access: Access,
     consumer: Arc<Asking>,
 }
 
 /// A consumer that asks and never joins a group.
-struct Asking(Option<BaseConsumer>);
+struct Asking(Option<Reader>);
 
 impl Asking {
-    fn consumer(&self) -> &BaseConsumer {
+    fn consumer(&self) -> &Reader {
         self.0.as_ref().expect("the client is taken out only when it is dropped")
     }
 }
@@ -98,9 +131,10 @@ impl Drop for Asking {
 }
 
 impl Topics {
-    pub fn connect(bootstrap_servers: &str) -> Result<Self, Error> {
-        let consumer = settings(bootstrap_servers).create().map_err(|source| Error::Ask { bootstrap_servers: bootstrap_servers.to_owned(), source })?;
-        Ok(Self { bootstrap_servers: bootstrap_servers.into(), consumer: Arc::new(Asking(Some(consumer))) })
+    pub fn connect(access: impl Into<Access>) -> Result<Self, Error> {
+        let access = access.into();
+        let consumer = reader(&access).map_err(|source| Error::new(&access, source, None))?;
+        Ok(Self { access, consumer: Arc::new(Asking(Some(consumer))) })
     }
 
     /// Creates the missing ones; those that exist stay as they are.
@@ -110,7 +144,7 @@ impl Topics {
         if missing.is_empty() {
             return Ok(());
         }
-        let admin: AdminClient<DefaultClientContext> = settings(&self.bootstrap_servers).create().map_err(|source| self.failed(source))?;
+        let admin: AdminClient<DefaultClientContext> = settings(&self.access).create().map_err(|source| self.failed(source))?;
         let message_bytes_max = MESSAGE_BYTES_MAX.to_string();
         let new_topics: Vec<NewTopic<'_>> = missing
             .iter()
@@ -130,7 +164,7 @@ impl Topics {
 
     /// The largest batch that each of these topics takes. Where the broker does not say, what Kafka takes by default.
     pub async fn bytes_max(&self, topics: &[String]) -> Result<usize, Error> {
-        let admin: AdminClient<DefaultClientContext> = settings(&self.bootstrap_servers).create().map_err(|source| self.failed(source))?;
+        let admin: AdminClient<DefaultClientContext> = settings(&self.access).create().map_err(|source| self.failed(source))?;
         let asked: Vec<ResourceSpecifier<'_>> = topics.iter().map(|it| ResourceSpecifier::Topic(it)).collect();
         let answers = admin.describe_configs(&asked, &AdminOptions::new().request_timeout(Some(ANSWER_MAX))).await;
         let limit = |answer: &Result<ConfigResource, RDKafkaErrorCode>| answer.as_ref().ok()?.get("max.message.bytes")?.value.as_ref()?.parse().ok();
@@ -175,10 +209,26 @@ impl Topics {
         .await
     }
 
+    /// How far each partition of a topic reaches; none where there is no such topic.
+    pub(super) async fn marks(&self, topic: String) -> Result<Vec<(i32, Watermarks)>, Error> {
+        self.ask(move |consumer| {
+            let metadata = consumer.fetch_metadata(Some(&topic), ANSWER_MAX)?;
+            // A topic that we may not see is not one that does not exist.
+            let errors = metadata.topics().iter().filter_map(|it| it.error()).map(RDKafkaErrorCode::from);
+            if let Some(forbidden) = errors.into_iter().find(|it| *it == RDKafkaErrorCode::TopicAuthorizationFailed) {
+                return Err(KafkaError::MetadataFetch(forbidden));
+            }
+            let partitions = metadata.topics().iter().filter(|it| it.error().is_none()).flat_map(|it| it.partitions());
+            let marks = |partition: i32| consumer.fetch_watermarks(&topic, partition, ANSWER_MAX).map(|(first, end)| (partition, Watermarks { first, end }));
+            partitions.map(|it| marks(it.id())).collect()
+        })
+        .await
+    }
+
     /// The given header of the last records of a lane, at most `count` of them, oldest first.
     pub async fn last_headers(&self, topic: &str, partition: i32, header: &'static str, count: i64) -> Result<Vec<Vec<u8>>, Error> {
         let topic = topic.to_owned();
-        let bootstrap_servers = Arc::clone(&self.bootstrap_servers);
+        let access = self.access.clone();
         self.ask(move |asking| {
             let (first, end) = match asking.fetch_watermarks(&topic, partition, ANSWER_MAX) {
                 Err(error) if matches!(error.rdkafka_error_code(), Some(RDKafkaErrorCode::UnknownPartition | RDKafkaErrorCode::UnknownTopicOrPartition)) => {
@@ -192,7 +242,7 @@ impl Topics {
                 return Ok(found);
             }
             // A reader of its own: assigning is state, and the asking client is shared.
-            let reader: BaseConsumer = settings(&bootstrap_servers).create()?;
+            let reader = reader(&access)?;
             let mut assignment = TopicPartitionList::new();
             assignment.add_partition_offset(&topic, partition, Offset::Offset(start))?;
             reader.assign(&assignment)?;
@@ -218,14 +268,31 @@ impl Topics {
         .await
     }
 
-    async fn ask<T: Send + 'static>(&self, question: impl FnOnce(&BaseConsumer) -> Result<T, KafkaError> + Send + 'static) -> Result<T, Error> {
+    async fn ask<T: Send + 'static>(&self, question: impl FnOnce(&Reader) -> Result<T, KafkaError> + Send + 'static) -> Result<T, Error> {
         let consumer = Arc::clone(&self.consumer);
-        let answer = tokio::task::spawn_blocking(move || question(consumer.consumer())).await.map_err(Error::Task)?;
-        answer.map_err(|source| self.failed(source))
+        let mut answer = tokio::task::spawn_blocking(move || question(consumer.consumer()));
+        let mut refusal: Option<Refusal> = None;
+        let mut refused_since = None;
+        loop {
+            tokio::select! { biased;
+                answer = &mut answer => {
+                    let refusal = refusal.or_else(|| heard(self.consumer.consumer()));
+                    return answer.map_err(Error::Task)?.map_err(|source| Error::new(&self.access, source, refusal));
+                }
+                () = tokio::time::sleep(LISTEN) => {}
+            }
+            refusal = heard(self.consumer.consumer()).or(refusal);
+            // Kafka's client would try until the time is up.
+            if let Some(certain) = refusal.as_ref().filter(|it| it.is_certain)
+                && refused_since.get_or_insert_with(Instant::now).elapsed() >= OTHERS_ANSWER
+            {
+                return Err(certain.clone().into());
+            }
+        }
     }
 
     fn failed(&self, source: KafkaError) -> Error {
-        Error::Ask { bootstrap_servers: self.bootstrap_servers.to_string(), source }
+        Error::new(&self.access, source, None)
     }
 }
 
@@ -234,11 +301,14 @@ fn replication(factor: u16) -> TopicReplication<'static> {
     TopicReplication::Fixed(if factor == 0 { -1 } else { i32::from(factor) })
 }
 
-pub(super) fn settings(bootstrap_servers: &str) -> ClientConfig {
-    let mut settings = ClientConfig::new();
+/// A client for questions and for reading without a group.
+pub(super) fn reader(access: &Access) -> Result<Reader, KafkaError> {
+    settings(access).create_with_context(Hearing::default())
+}
+
+pub(super) fn settings(access: &Access) -> ClientConfig {
+    let mut settings = access.client("ledgerline-topics");
     settings
-        .set("bootstrap.servers", bootstrap_servers)
-        .set("client.id", "ledgerline-topics")
         // Never joined: librdkafka asks for a group before it lets anyone assign.
         .set("group.id", "ledgerline-topics")
         .set("enable.auto.commit", "false")

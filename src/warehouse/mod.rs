@@ -49,11 +49,14 @@ pub struct Config {
     pub url: String,
     /// Where Snowflake's requests go instead of the account's own host: a private link, or a double. Empty: the account's host.
     pub endpoint: String,
+    /// Snowflake's external stage over the lake's bucket, `RAW.LAKE`: COPY reads the objects where they lie. Empty: what they
+    /// hold is uploaded into a stage of our own.
+    pub stage: String,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { url: "embedded".to_owned(), endpoint: String::new() }
+        Self { url: "embedded".to_owned(), endpoint: String::new(), stage: String::new() }
     }
 }
 
@@ -66,6 +69,8 @@ pub struct Access {
     pub endpoint: Option<Url>,
     /// Snowflake's: a PKCS#8 PEM, or the path of one.
     pub private_key: Option<Secret>,
+    /// Snowflake's external stage over the lake's bucket, where there is one.
+    pub stage: Option<String>,
 }
 
 impl From<Secret> for Access {
@@ -240,7 +245,7 @@ pub enum Error {
         source: sqlx::Error,
     },
     #[cfg(feature = "snowflake")]
-    #[error("could not work on Snowflake")]
+    #[error(transparent)]
     Snowflake(#[from] snowflake::Error),
     #[error("could not read the lake")]
     Lake(#[source] crate::lake::Error),

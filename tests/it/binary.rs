@@ -40,6 +40,12 @@ impl Bank {
         Self { ground: stack().map(Ground::open), ..Self::new() }
     }
 
+    /// On all of them at once: Debezium, Kafka, MinIO, the Snowflake double, the mail server.
+    #[cfg(feature = "stack")]
+    pub(crate) fn on_the_whole_stack() -> Self {
+        Self { ground: stack().map(Ground::whole), ..Self::new() }
+    }
+
     pub(crate) fn at(folder: &Path) -> Self {
         Self { folder: folder.to_owned(), _swept: None, ground: None }
     }
@@ -58,6 +64,10 @@ impl Bank {
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ledgerline"));
         command.args(arguments).current_dir(&self.folder).stdin(Stdio::null());
+        // Nothing of the shell's own: it may have been told about other servers.
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("LEDGERLINE__")) {
+            command.env_remove(name);
+        }
         command.envs(self.ground.iter().flat_map(|it| &it.environment).map(|(name, value)| (format!("LEDGERLINE__{name}"), value)));
         command
     }

@@ -2,7 +2,10 @@
 
 mod applying;
 mod bytes;
+mod connect;
 mod contract;
 mod days;
+#[cfg(feature = "stack")]
+mod debezium;
 mod house;
 mod refusals;

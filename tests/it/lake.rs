@@ -1,7 +1,10 @@
 //! The lake on a real store and a real Kafka protocol: exactly once, under kills, races, rebalances and outages.
 
 mod dead_letters;
+mod groups;
 mod house;
+#[cfg(feature = "stack")]
+mod secured;
 mod store;
 
 use std::sync::atomic::Ordering;

@@ -36,13 +36,14 @@ pub(crate) struct Stack(HashMap<String, String>);
 /// None: the tests are on our own servers. The first to ask brings the real ones up.
 pub(crate) fn stack() -> Option<&'static Stack> {
     static STACK: OnceLock<Stack> = OnceLock::new();
-    cfg!(feature = "stack").then(|| STACK.get_or_init(Stack::up))
+    cfg!(feature = "stack").then(|| STACK.get_or_init(|| Stack::of(&[])))
 }
 
 impl Stack {
-    fn up() -> Self {
+    /// Some of the servers, up; what runs already is left alone.
+    pub(crate) fn of(parts: &[&str]) -> Self {
         let up = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/stack/up");
-        let output = Command::new(up).args(["postgres", "kafka", "minio"]).stdin(Stdio::null()).stderr(Stdio::inherit()).output().expect("tests/stack/up runs");
+        let output = Command::new(up).args(parts).stdin(Stdio::null()).stderr(Stdio::inherit()).output().expect("tests/stack/up runs");
         assert!(output.status.success(), "tests/stack/up ended with {}", output.status);
         let printed = String::from_utf8(output.stdout).expect("text");
         let export = |line: &str| {
@@ -55,6 +56,15 @@ impl Stack {
         self.0.get(&format!("LEDGERLINE__{name}")).unwrap_or_else(|| panic!("tests/stack/up says nothing about {name}")).clone()
     }
 
+    /// What no key of the product names.
+    #[cfg(feature = "stack")]
+    pub(crate) fn address(&self, name: &str) -> String {
+        let dir = std::env::var_os("LEDGERLINE_STACK_DIR").map_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/.stack").into(), std::path::PathBuf::from);
+        let addresses = std::fs::read_to_string(dir.join("addresses")).expect("tests/stack/up wrote it");
+        let value = addresses.lines().find_map(|it| it.strip_prefix(name)?.strip_prefix('='));
+        value.unwrap_or_else(|| panic!("tests/stack/up says nothing about {name}")).to_owned()
+    }
+
     /// A superuser's database.
     pub(crate) fn postgres(&self) -> String {
         let mut url: url::Url = self.value("STATE__URL").parse().expect("an address");
@@ -63,8 +73,21 @@ impl Stack {
         url.into()
     }
 
+    /// A database of that server as the product's variables name it: without its password.
+    fn database(&self, name: &str) -> String {
+        let mut url: url::Url = self.value("STATE__URL").parse().expect("an address");
+        url.set_path(name);
+        url.into()
+    }
+
     pub(crate) fn kafka(&self) -> String {
         self.value("STREAM__BOOTSTRAP_SERVERS")
+    }
+
+    /// The program, for a server of a test's own.
+    #[cfg(feature = "stack")]
+    pub(crate) fn minio(&self) -> String {
+        self.address("MINIO")
     }
 
     fn bucket(&self, bucket: String) -> Access {
@@ -203,6 +226,7 @@ impl Drop for Stream {
 /// Databases, a bucket, topics, a slot and a consumer group of one bank's own on the real servers.
 pub(crate) struct Ground {
     name: String,
+    stack: &'static Stack,
     kafka: String,
     lake: Access,
     /// Keys of the product (without the prefix of their variables) and their values.
@@ -212,6 +236,7 @@ pub(crate) struct Ground {
 const DATABASES: [&str; 3] = ["SOURCE", "WAREHOUSE", "STATE"];
 
 impl Ground {
+    /// With our own capture, PostgreSQL as the warehouse, and mails as files.
     pub(crate) fn open(stack: &'static Stack) -> Self {
         let name = unique("bank").replace('-', "_");
         let (kafka, lake) = (stack.kafka(), stack.bucket(unique("lake")));
@@ -222,20 +247,33 @@ impl Ground {
             ("STREAM__BOOTSTRAP_SERVERS", kafka.clone()),
             ("LAKE__BUCKET", lake.bucket.clone()),
             ("LAKE__GROUP", name.clone()),
+            ("WAREHOUSE__PASSWORD", stack.value("STATE__PASSWORD")),
         ];
-        let as_they_are = ["LAKE__ENDPOINT", "LAKE__ACCESS_KEY_ID", "LAKE__SECRET_ACCESS_KEY", "SOURCE__PASSWORD", "WAREHOUSE__PASSWORD", "STATE__PASSWORD"];
+        let as_they_are = ["LAKE__ENDPOINT", "LAKE__ACCESS_KEY_ID", "LAKE__SECRET_ACCESS_KEY", "SOURCE__PASSWORD", "STATE__PASSWORD"];
         environment.extend(as_they_are.map(|key| (key, stack.value(key))));
         for (key, part) in ["SOURCE__URL", "WAREHOUSE__URL", "STATE__URL"].into_iter().zip(DATABASES) {
-            let mut url: url::Url = stack.value(key).parse().expect("an address");
-            url.set_path(&Self::database(&name, part));
-            environment.push((key, url.into()));
+            environment.push((key, stack.database(&Self::database(&name, part))));
         }
         wait_for(async {
             for part in DATABASES {
                 on_server(&format!("create database {}", Self::database(&name, part))).await;
             }
         });
-        Self { name, kafka, lake, environment }
+        Self { name, stack, kafka, lake, environment }
+    }
+
+    /// As `tests/stack/up` says it: Debezium captures, the Snowflake double is the warehouse, and mails leave by STARTTLS, signed in.
+    #[cfg(feature = "stack")]
+    pub(crate) fn whole(stack: &'static Stack) -> Self {
+        let mut ground = Self::open(stack);
+        ground.environment.retain(|(key, _)| !key.starts_with("WAREHOUSE__"));
+        let mut warehouse: url::Url = stack.value("WAREHOUSE__URL").parse().expect("an address");
+        warehouse.set_path(&ground.name);
+        ground.environment.push(("WAREHOUSE__URL", warehouse.into()));
+        let as_they_are =
+            ["CDC__ENGINE", "CDC__CONNECT_URL", "WAREHOUSE__ENDPOINT", "WAREHOUSE__PRIVATE_KEY", "MAIL__TRANSPORT", "MAIL__PASSWORD", "MAIL__CA_FILE"];
+        ground.environment.extend(as_they_are.map(|key| (key, stack.value(key))));
+        ground
     }
 
     fn database(name: &str, part: &str) -> String {
@@ -245,6 +283,9 @@ impl Ground {
 
 impl Drop for Ground {
     fn drop(&mut self) {
+        // Of a test that failed before it took its connector away, if it had one.
+        let connector = format!("{}/connectors/{}", self.stack.value("CDC__CONNECT_URL"), self.name);
+        let _ = Command::new("curl").args(["-s", "-m", "10", "-X", "DELETE", &connector]).stdout(Stdio::null()).status();
         wait_for(async {
             on_server(&format!("select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where slot_name = '{}' and active", self.name)).await;
             on_server(&format!("select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = '{}'", self.name)).await;

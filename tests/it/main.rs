@@ -17,6 +17,8 @@ mod kafka;
 mod lake;
 mod notify;
 mod pipeline;
+#[cfg(feature = "stack")]
+mod real_days;
 mod refresh;
 mod s3;
 mod tidy;

@@ -7,3 +7,5 @@ mod ground;
 mod kpis;
 mod loading;
 mod reconciling;
+#[cfg(any(feature = "stack", feature = "account"))]
+mod snowflake;

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::{
     connector_of,
-    rest::Rest,
+    rest::{Rest, Status},
     settings::{self, connector_name},
 };
 use crate::{
@@ -16,6 +16,8 @@ use crate::{
 
 /// A task ends within a moment, or with its worker.
 const STOP_MAX: Duration = Duration::from_secs(60);
+/// A restart shows in the status at once; what still shows a failure by then has failed again.
+const RESTART_SHOWN_MAX: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// The connector, or why it is not known; neither where there is none.
@@ -61,6 +63,25 @@ pub(super) async fn stand_still(rest: &Rest, name: &str) -> Result<(), Error> {
     let deadline = Instant::now() + STOP_MAX;
     while !rest.status(name).await?.is_some_and(|it| it.connector.state == "STOPPED" && it.tasks.is_empty()) {
         look_again(name, deadline).await?;
+    }
+    Ok(())
+}
+
+/// Lets a connector that stands still go on, and restarts what failed before anybody looked; one that runs is left alone.
+pub(super) async fn set_going(rest: &Rest, name: &str) -> Result<(), Error> {
+    let status = rest.status(name).await?;
+    if status.as_ref().is_none_or(Status::stands_still) {
+        rest.resume(name).await?;
+    }
+    if status.is_none_or(|it| it.failed().is_none()) {
+        return Ok(());
+    }
+    tracing::info!(connector = name, "it had failed before this start, and gets another try");
+    rest.restart_failed(name).await?;
+    // The old failure is shown until the restart begins: nobody may take it for a new one.
+    let deadline = Instant::now() + RESTART_SHOWN_MAX;
+    while Instant::now() < deadline && rest.status(name).await?.is_some_and(|it| it.failed().is_some()) {
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
     Ok(())
 }

@@ -29,7 +29,9 @@ pub(super) fn verdict(rest: &Rest, connector: &str, slot: &str, trace: &str) -> 
         return Verdict::Told(Error::SlotLost { slot: slot.to_owned(), reason: summary(rest, trace) });
     }
     if says("permission denied") || says("must be superuser or replication role") || says("REPLICATION attribute") {
-        return told("give the user the connector signs in with the rights: replication, select on the tables, create on the database; then restart the stage");
+        return told(
+            "give the user the connector signs in with the rights: alter role … replication, select on the tables, usage on their schemas; it is tried again from time to time",
+        );
     }
     if says("password authentication failed") {
         return told("Kafka Connect must know the source's password: give its worker the value that cdc.database_password names");
@@ -70,7 +72,7 @@ mod tests {
     #[test]
     fn what_a_restart_cannot_mend_is_told_with_its_remedy() {
         for (trace, remedy) in [
-            (TRACE, "replication, select"),
+            (TRACE, "select on the tables"),
             (
                 "io.debezium.DebeziumException: The connector is trying to read change stream starting at X, but this is no longer available on the server.",
                 "read anew",

@@ -8,7 +8,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     Capture,
-    admin::stand_still,
+    admin::{set_going, stand_still},
     reading::{self, Told},
     rest::Settings,
     settings,
@@ -81,10 +81,14 @@ impl Capture {
         }
         let slot = slot::find(&mut connection, &self.config.slot).await?;
         let start = self.decide(registered.as_ref(), slot.as_ref(), progress.as_ref())?;
+        if start != Start::Resume && self.takes_snapshot() {
+            // Debezium would try for ever, and Connect call that RUNNING.
+            catalog::require_readable(&mut connection, &wanted).await?;
+        }
         let published = prepare::publish(&mut connection, &self.config, &wanted, start != Start::Fresh, false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
-        let asking = topics::Topics::connect(&self.bootstrap_servers)?;
+        let asking = topics::Topics::connect(&self.kafka)?;
         prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         // Before the connector writes: what it does now is counted from its first record on.
         let follower = self.follow(&asking, &tables, start != Start::Resume).await?;
@@ -95,7 +99,7 @@ impl Capture {
             return Err(Error::OffsetsMissing { connector: self.name().to_owned() });
         }
         if *control.wanted.borrow() == Phase::Running {
-            self.rest.resume(self.name()).await?;
+            set_going(&self.rest, self.name()).await?;
         }
         tracing::info!(connector = self.name(), version, tables = tables.len(), ?start, "the connector is registered");
         Ok(self.watch(follower, asking, tables, (start != Start::Resume).then(Reading::default)))
@@ -145,7 +149,7 @@ impl Capture {
             lanes.extend(asking.watermarks(topics).await?.into_iter().map(|(lane, marks)| (lane, marks.first)));
         }
         let topics = self.topics.clone();
-        Ok(Follower::start(&self.bootstrap_servers, &lanes, move |message| reading::told(&topics, message))?)
+        Ok(Follower::start(&self.kafka, &lanes, move |message| reading::told(&topics, message))?)
     }
 
     /// Makes the connector, or brings it up to date where it differs.

@@ -64,6 +64,18 @@ pub(in crate::cdc) struct Part {
     pub(in crate::cdc) trace: Option<String>,
 }
 
+impl Status {
+    /// Whether somebody paused or stopped it.
+    pub(in crate::cdc) fn stands_still(&self) -> bool {
+        matches!(self.connector.state.as_str(), "PAUSED" | "STOPPED")
+    }
+
+    /// The part that failed, the connector itself before its tasks.
+    pub(in crate::cdc) fn failed(&self) -> Option<&Part> {
+        std::iter::once(&self.connector).chain(&self.tasks).find(|it| it.state == "FAILED")
+    }
+}
+
 /// The newest source offset that Connect has written down: everything before it is with the broker.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 pub(in crate::cdc) struct Offset {

@@ -45,6 +45,8 @@ const GONE_AFTER: Duration = Duration::from_secs(30);
 const SOURCE_SILENT_AFTER: Duration = Duration::from_secs(8);
 /// Debezium takes a moment to the slot, and lets go of it for one when it reconnects.
 const SLOT_IDLE_AFTER: Duration = Duration::from_secs(5);
+/// Debezium repeats a snapshot that fails for ever, and Connect calls that RUNNING. Connect writes offsets once a minute or oftener.
+const SNAPSHOT_SILENT_AFTER: Duration = Duration::from_secs(20);
 /// So long a commit may be on its way before the source is asked for one more, behind which the slot can be confirmed.
 const NUDGE_AFTER: Duration = Duration::from_secs(2);
 
@@ -62,6 +64,7 @@ struct Watch {
     source_seen: Instant,
     slot_read: Instant,
     heartbeat_seen: Instant,
+    row_seen: Instant,
     end_seen: Instant,
     nudged: Instant,
     nudging: Option<AbortOnDropHandle<()>>,
@@ -80,6 +83,7 @@ impl Watch {
             source_seen: now,
             slot_read: now,
             heartbeat_seen: now,
+            row_seen: now,
             end_seen: now,
             nudged: now,
             nudging: None,
@@ -135,6 +139,7 @@ impl Capture {
             }
             Followed::Found(Told::Row { lane, next_offset, lsn }) => {
                 let Some(snapshot) = &mut open.snapshot else { return };
+                watch.row_seen = Instant::now();
                 snapshot.read.insert(lane.clone(), next_offset);
                 if let Some(lsn) = lsn {
                     *snapshot.attempts.entry(lsn).or_default().entry(lane).or_default() += 1;
@@ -237,7 +242,7 @@ impl Capture {
         };
         watch.unknown_since = None;
         self.stats.connector = Some(connector_of(&self.rest, self.name(), &status));
-        self.stats.phase = if matches!(status.connector.state.as_str(), "PAUSED" | "STOPPED") { Phase::Paused } else { Phase::Running };
+        self.stats.phase = if status.stands_still() { Phase::Paused } else { Phase::Running };
         self.judge(&status, watch)?;
         watch.status = Some(status);
         if let Some(offset) = offset {
@@ -250,8 +255,7 @@ impl Capture {
 
     /// Failed parts are restarted a while later, and again, but not for ever.
     fn judge(&mut self, status: &Status, watch: &mut Watch) -> Result<(), Error> {
-        let failed = std::iter::once(&status.connector).chain(&status.tasks).find(|it| it.state == "FAILED");
-        let Some(failed) = failed else {
+        let Some(failed) = status.failed() else {
             let since = *watch.healthy_since.get_or_insert_with(Instant::now);
             if since.elapsed() >= HEALTHY_AFTER {
                 watch.restarts.reset();
@@ -288,7 +292,10 @@ impl Capture {
     async fn obey(&self, wish: Phase, watch: &Watch) -> Result<(), Error> {
         match (wish, watch.state()) {
             (Phase::Paused, Some("RUNNING" | "UNASSIGNED" | "RESTARTING")) => self.rest.pause(self.name()).await,
-            (Phase::Running, Some("PAUSED" | "STOPPED")) => self.rest.resume(self.name()).await,
+            (Phase::Running, Some(state @ ("PAUSED" | "STOPPED"))) => {
+                tracing::info!(connector = self.name(), state, "the connector stands still and is to run: it is resumed");
+                self.rest.resume(self.name()).await
+            }
             _ => Ok(()),
         }
     }
@@ -362,15 +369,20 @@ impl Capture {
         let heartbeat_max = *self.config.heartbeat * 3 + Duration::from_secs(20);
         let slot = self.stats.slot.as_ref();
         let waiting_for = if let Some(why) = &watch.connect_away {
-            Some(why.clone())
+            Some(format!("an answer: {why}"))
         } else if watch.source_seen.elapsed() > SOURCE_SILENT_AFTER {
             Some("the source, which does not answer; the connector tries again by itself".to_owned())
         } else if watch.restart_at.is_some() {
             self.stats.connector.as_ref().map(|it| format!("the restart of connector {name}: {}", it.shown()))
-        } else if watch.unknown_since.is_some() || watch.status.is_none() {
+        } else if watch.unknown_since.is_some() && watch.status.is_some() {
+            Some(format!("connector {name}: Kafka Connect does not know it any more; if it does not show up soon, it is made anew"))
+        } else if watch.status.is_none() {
             Some(format!("connector {name} to start"))
         } else if running && watch.status.as_ref().is_some_and(|it| it.tasks.is_empty() || it.tasks.iter().any(|task| task.state == "UNASSIGNED")) {
             Some(format!("a worker that takes connector {name}"))
+        } else if running && open.snapshot.is_some() && watch.row_seen.elapsed() > SNAPSHOT_SILENT_AFTER {
+            let silent = watch.row_seen.elapsed().as_secs();
+            Some(format!("the snapshot: no row and no offset for {silent} s, whatever Connect says; the log of its worker tells more"))
         } else if running && open.snapshot.is_none() && watch.slot_read.elapsed() > SLOT_IDLE_AFTER {
             Some(format!("the connector to read slot {}: nobody does, whatever Connect says", self.config.slot))
         } else if running && open.snapshot.is_none() && watch.heartbeat_seen.elapsed() > heartbeat_max {

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 
 use super::{Client, Ended, Event, partitions};
 use crate::stream::{
-    Lane,
+    Hearing, Lane, Refusal, access,
     records::{Budget, Records},
 };
 
@@ -62,6 +62,7 @@ pub(super) struct Callbacks {
     /// Lanes that librdkafka fetches by our order; only these can be unassigned.
     fetching: Mutex<BTreeSet<Lane>>,
     rebalances: Mutex<Vec<Event>>,
+    hearing: Hearing,
 }
 
 impl Callbacks {
@@ -76,15 +77,16 @@ impl Callbacks {
 
 impl ClientContext for Callbacks {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        match level {
-            RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => tracing::error!(facility, "kafka client: {message}"),
-            RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning => tracing::warn!(facility, "kafka client: {message}"),
-            _ => tracing::debug!(facility, "kafka client: {message}"),
-        }
+        self.hearing.hear(message);
+        // A commit that a rebalance has overtaken: the lake knows the position, and whoever has the lane now commits for it.
+        let level = if facility == "COMMITFAIL" { RDKafkaLogLevel::Debug } else { level };
+        access::log(level, facility, message);
     }
 
-    // Errors also come out of `poll`, where they become events.
-    fn error(&self, _error: KafkaError, _reason: &str) {}
+    // Errors also come out of `poll`, where they become events; there they have no reason any more.
+    fn error(&self, _error: KafkaError, reason: &str) {
+        self.hearing.hear(reason);
+    }
 }
 
 impl ConsumerContext for Callbacks {
@@ -270,7 +272,7 @@ impl Worker {
                 Some(Ok(message)) => message,
                 // Topics that do not exist yet are waited for, not in trouble.
                 Some(Err(KafkaError::MessageConsumption(RDKafkaErrorCode::UnknownTopicOrPartition))) => break,
-                Some(Err(error)) => return self.tell(told(&error)),
+                Some(Err(error)) => return self.tell(self.told(&error)),
                 None => break,
             };
             wait = Duration::ZERO;
@@ -307,6 +309,22 @@ impl Worker {
         Ok(())
     }
 
+    fn told(&self, error: &KafkaError) -> Event {
+        if let KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange) = error {
+            return Event::OutOfRange;
+        }
+        if let Some(Refusal { why, remedy, .. }) = self.client.context().hearing.take() {
+            return Event::Trouble(format!("{why} ({remedy})"));
+        }
+        let remedy = match error.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::GroupAuthorizationFailed) => " (allow this user to read the consumer group of lake.group)",
+            Some(RDKafkaErrorCode::TopicAuthorizationFailed) => " (allow this user to describe and read the pipeline's topics)",
+            Some(RDKafkaErrorCode::InconsistentGroupProtocol) => " (the group has members that are no sinks: choose another lake.group)",
+            _ => "",
+        };
+        Event::Trouble(error.rdkafka_error_code().map_or_else(|| error.to_string(), |it| format!("{it}{remedy}")))
+    }
+
     fn hand_over(&mut self) -> Result<(), Ended> {
         for reading in self.reading.iter_mut().filter(|it| !it.run.is_empty()) {
             let mut records = Box::new(std::mem::take(&mut reading.run));
@@ -315,12 +333,5 @@ impl Worker {
             self.events.blocking_send(event).map_err(|_| Ended)?;
         }
         Ok(())
-    }
-}
-
-fn told(error: &KafkaError) -> Event {
-    match error {
-        KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange) => Event::OutOfRange,
-        other => Event::Trouble(other.rdkafka_error_code().map_or_else(|| other.to_string(), |it| it.to_string())),
     }
 }

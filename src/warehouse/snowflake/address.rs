@@ -23,6 +23,8 @@ pub struct Settings {
     pub(super) base: Url,
     /// PKCS#8 PEM.
     pub private_key: Secret,
+    /// The external stage over the lake's bucket, with its schema.
+    pub(super) stage: Option<String>,
 }
 
 impl fmt::Debug for Settings {
@@ -58,6 +60,7 @@ impl Settings {
             role: role.ok_or_else(|| refuse("it names no role"))?,
             user: user.ok_or_else(|| refuse("it names no user"))?,
             private_key: private_key(access.private_key.as_ref())?,
+            stage: access.stage.as_deref().map(stage).transpose()?,
         })
     }
 
@@ -88,6 +91,17 @@ fn name(what: &str, text: &str) -> Result<String, Error> {
     }
 }
 
+/// `LAKE`, `RAW.LAKE` or `BANK.RAW.LAKE`.
+fn stage(text: &str) -> Result<String, Error> {
+    let refused = |_| Error::StageName(text.to_owned());
+    let names = text.trim_start_matches('@').split('.').map(|it| name("", it)).collect::<Result<Vec<_>, _>>().map_err(refused)?;
+    match names.len() {
+        1 => Ok(format!("RAW.{}", names[0])),
+        2 | 3 => Ok(names.join(".")),
+        _ => Err(Error::StageName(text.to_owned())),
+    }
+}
+
 /// Plain HTTP only to this machine: a password-free sign-in is worth nothing where its token can be read on the way.
 fn base(account: &str, endpoint: Option<&Url>) -> Result<Url, Error> {
     if let Some(endpoint) = endpoint {
@@ -104,7 +118,7 @@ fn base(account: &str, endpoint: Option<&Url>) -> Result<Url, Error> {
 /// The text of the key, or of the file it names.
 fn private_key(given: Option<&Secret>) -> Result<Secret, Error> {
     const BEGINS: &str = "-----BEGIN ";
-    let given = given.ok_or(Error::NoKey)?;
+    let given = given.filter(|it| !it.reveal().trim().is_empty()).ok_or(Error::NoKey)?;
     // In an environment file a PEM stands on one line.
     let text = given.reveal().replace("\\n", "\n");
     let text = if text.trim_start().starts_with(BEGINS) {
@@ -114,7 +128,13 @@ fn private_key(given: Option<&Secret>) -> Result<Secret, Error> {
     };
     match text.trim_start() {
         pem if pem.starts_with("-----BEGIN PRIVATE KEY-----") => Ok(Secret::new(text)),
-        _ => Err(Error::KeyForm),
+        pem if pem.starts_with("-----BEGIN ENCRYPTED PRIVATE KEY-----") || pem.contains("Proc-Type: 4,ENCRYPTED") => {
+            Err(Error::KeyForm("is protected by a passphrase"))
+        }
+        pem if pem.starts_with("-----BEGIN RSA PRIVATE KEY-----") => Err(Error::KeyForm("is in PKCS#1 form, not PKCS#8")),
+        pem if pem.starts_with("-----BEGIN PUBLIC KEY-----") => Err(Error::KeyForm("is the public half: the private one signs in")),
+        pem if pem.starts_with(BEGINS) => Err(Error::KeyForm("is a PEM of another kind, not PKCS#8")),
+        _ => Err(Error::KeyForm("is no PEM")),
     }
 }
 
@@ -126,7 +146,7 @@ mod tests {
 
     fn settings(url: &str, endpoint: Option<&str>) -> Result<Settings, Error> {
         let endpoint = endpoint.map(|it| Url::parse(it).expect("a URL"));
-        Settings::new(&Access { url: Secret::new(url), endpoint, private_key: Some(Secret::new(PEM)) })
+        Settings::new(&Access { url: Secret::new(url), endpoint, private_key: Some(Secret::new(PEM)), stage: None })
     }
 
     #[test]
@@ -165,9 +185,35 @@ mod tests {
             url: Secret::new("snowflake://acc/bank?warehouse=w&role=r&user=u"),
             endpoint: None,
             private_key: key.map(Secret::new),
+            stage: None,
         };
         assert!(matches!(Settings::new(&access(None)), Err(Error::NoKey)));
+        assert!(matches!(Settings::new(&access(Some(""))), Err(Error::NoKey)));
         assert!(matches!(Settings::new(&access(Some("/there/is/none"))), Err(Error::KeyFile(_))));
-        assert!(matches!(Settings::new(&access(Some("-----BEGIN ENCRYPTED PRIVATE KEY-----\nx"))), Err(Error::KeyForm)));
+        let kinds = [("ENCRYPTED PRIVATE KEY", "passphrase"), ("RSA PRIVATE KEY", "PKCS#1"), ("PUBLIC KEY", "public half"), ("EC PRIVATE KEY", "another kind")];
+        for (kind, says) in kinds {
+            let refused = Settings::new(&access(Some(&format!("-----BEGIN {kind}-----\nMIIsecret\n")))).expect_err(kind).to_string();
+            assert!(refused.contains(says) && !refused.contains("MIIsecret"), "{refused}");
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("key.p8");
+        std::fs::write(&file, "not a key").expect("writes");
+        let path = file.display().to_string();
+        assert!(matches!(Settings::new(&access(Some(&path))), Err(Error::KeyForm("is no PEM"))));
+        std::fs::write(&file, PEM.replace("\\n", "\n")).expect("writes");
+        assert!(Settings::new(&access(Some(&path))).is_ok());
+    }
+
+    #[test]
+    fn a_stage_is_a_name_with_its_schema() {
+        let staged = |name: &str| {
+            let url = Secret::new("snowflake://acc/bank?warehouse=w&role=r&user=u");
+            Settings::new(&Access { url, endpoint: None, private_key: Some(Secret::new(PEM)), stage: Some(name.to_owned()) }).map(|it| it.stage)
+        };
+        assert_eq!(staged("lake").expect("a name"), Some("RAW.LAKE".to_owned()));
+        assert_eq!(staged("@shared.raw.lake").expect("a name"), Some("SHARED.RAW.LAKE".to_owned()));
+        for bad in ["", "a.b.c.d", "raw.", "raw.la ke", "raw.x; drop table y"] {
+            assert!(matches!(staged(bad), Err(Error::StageName(_))), "{bad}");
+        }
     }
 }

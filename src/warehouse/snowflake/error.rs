@@ -13,8 +13,10 @@ pub enum Error {
     NoKey,
     #[error("could not read the file that LEDGERLINE__WAREHOUSE__PRIVATE_KEY names: {0}")]
     KeyFile(String),
-    #[error("the private key is not an unencrypted PKCS#8 PEM")]
-    KeyForm,
+    #[error("the private key {0}")]
+    KeyForm(&'static str),
+    #[error("warehouse.stage cannot be used: {0:?} is not the name of a stage")]
+    StageName(String),
     #[error("no account answers at {host}")]
     NoAccount { host: String },
     #[error("Snowflake at {host} was not reached: {why}")]
@@ -27,8 +29,8 @@ pub enum Error {
     Upload(String),
     #[error("Snowflake's answer could not be read: {0}")]
     Answer(String),
-    #[error("COPY loaded {loaded} of {expected} rows ({errors} errors{})", first_error.as_ref().map(|it| format!(", the first: {it}")).unwrap_or_default())]
-    Copy { loaded: u64, expected: u64, errors: u64, first_error: Option<String> },
+    #[error("COPY loaded {loaded} of {expected} rows of {files} ({errors} errors{})", first_error.as_ref().map(|it| format!(", the first: {it}")).unwrap_or_default())]
+    Copy { files: String, loaded: u64, expected: u64, errors: u64, first_error: Option<String> },
 }
 
 /// Snowflake's own word: `success: false`.
@@ -60,7 +62,12 @@ impl fmt::Display for Refused {
 impl Refused {
     /// The session has ended and a new sign-in goes on.
     pub(super) fn is_session_gone(&self) -> bool {
-        matches!(self.code.as_str(), "390111" | "390112" | "390114" | "390195" | "390318")
+        matches!(self.code.as_str(), "390104" | "390111" | "390112" | "390113" | "390114" | "390115" | "390195" | "390318")
+    }
+
+    /// A value in a file is not what the statement takes it for.
+    pub(super) fn is_about_a_value(&self) -> bool {
+        self.code.trim_start_matches('0').starts_with("100")
     }
 
     /// Two writers met: the other one was first.
@@ -95,7 +102,7 @@ impl Refused {
             "3001" | "3041" => format!("let an administrator run assets/snowflake-setup.sql: role {role} lacks a right in {database}"),
             // Cancelled, timed out, busy, or an incident of theirs.
             "604" | "630" | "370001" | "390190" => return Fault::Transient,
-            code if code.starts_with("100") => return Fault::Data("look at the object's records: Snowflake takes them for no JSON".to_owned()),
+            _ if self.is_about_a_value() => return Fault::Data("look at the object's records: Snowflake takes them for no JSON".to_owned()),
             _ => return Fault::Bug,
         })
     }
@@ -107,7 +114,10 @@ impl Diagnose for Error {
             Self::Address(_) => Fault::Operator("write it as snowflake://ACCOUNT/DATABASE?warehouse=…&role=…&user=…".to_owned()),
             Self::NoKey => Fault::Operator("set LEDGERLINE__WAREHOUSE__PRIVATE_KEY to a PKCS#8 PEM, or to the path of one".to_owned()),
             Self::KeyFile(_) => Fault::Operator("check the path, and that this user may read the file".to_owned()),
-            Self::KeyForm => Fault::Operator("convert it: `openssl pkcs8 -topk8 -nocrypt -in key.pem`".to_owned()),
+            Self::KeyForm(_) => Fault::Operator(
+                "give an unencrypted PKCS#8 PEM: `(umask 077; openssl pkcs8 -topk8 -nocrypt -in KEY -out KEY.p8)` writes one, and asks for the passphrase where there is one".to_owned(),
+            ),
+            Self::StageName(_) => Fault::Operator("name an external stage over the lake's bucket as SCHEMA.STAGE, or leave warehouse.stage empty".to_owned()),
             Self::NoAccount { .. } => {
                 Fault::Operator("check the account in warehouse.url (ORGANISATION-ACCOUNT, or LOCATOR.REGION), or warehouse.endpoint".to_owned())
             }
@@ -119,20 +129,27 @@ impl Diagnose for Error {
     }
 }
 
-/// Errors about data quote the value they stumbled over; those about names quote what an administrator has to look for.
+/// Errors about data quote the value they stumbled over; those about names quote what an administrator has to look for. The
+/// file is named in any case: `File 'raw/…', line 3`.
 pub(super) fn without_values(code: &str, message: &str) -> String {
-    let message = message.lines().next().unwrap_or_default();
+    let first_line = message.lines().next().unwrap_or_default();
     if !code.trim_start_matches('0').starts_with("100") {
-        return message.to_owned();
+        return first_line.to_owned();
     }
+    let file = message.rsplit_once("File '").and_then(|(_, rest)| rest.split('\'').next());
+    // A value may stand on the line of its file, and hold anything.
+    let about = first_line.rsplit_once("File '").map_or(first_line, |(before, _)| before);
     let mut shown = String::new();
-    for (place, part) in message.split('\'').enumerate() {
+    for (place, part) in about.split('\'').enumerate() {
         match place % 2 {
             0 => shown.push_str(part),
             _ => shown.push('…'),
         }
     }
-    shown
+    match file {
+        Some(file) => format!("{}, in file {file}", shown.trim_end()),
+        None => shown,
+    }
 }
 
 #[cfg(test)]
@@ -172,6 +189,8 @@ mod tests {
     fn values_of_rows_do_not_show() {
         let error = refused("0100069", "Error parsing JSON: 'Ada Lovelace' at line 3");
         assert_eq!(error.to_string(), "Snowflake says 0100069: Error parsing JSON: … at line 3");
+        let message = "Error parsing JSON: 'Ada Lovelace'\n  File 'raw/customers/1.parquet', line 3, character 1\n  Row 3, column \"CUSTOMERS\"[\"V\":1]";
+        assert_eq!(refused("100069", message).to_string(), "Snowflake says 100069: Error parsing JSON: …, in file raw/customers/1.parquet");
         assert!(matches!(error.fault(), Fault::Data(_)));
         assert_eq!(refused("002003", "Object 'BANK' does not exist").to_string(), "Snowflake says 002003: Object 'BANK' does not exist");
     }

@@ -1,4 +1,6 @@
-//! Objects of the lake → one file → one COPY, behind the lane's position row.
+//! Objects of the lake → one file → one COPY, behind the lane's position row. Where Snowflake can read the lake's bucket by an
+//! external stage, COPY takes the objects from there; one that holds what is no text or no JSON is read here all the same,
+//! because only then can its records be told apart.
 //!
 //! A transaction begins with `update raw._positions … where last_offset = <seen>`. Snowflake lets one writer at a time change
 //! that row: the other waits, finds it moved, changes nothing and rolls back. The file is uploaded before the transaction, so
@@ -12,7 +14,7 @@ use super::{
     Row, Session, Snowflake,
     error::Error as Refusal,
     number, parsed, raw_table,
-    stage::{File, Staged},
+    stage::{File, Staged, copy_objects},
     text,
 };
 use crate::{
@@ -33,6 +35,15 @@ pub(in crate::warehouse) struct Loader<'a> {
     session: Session,
     store: &'a Store,
     into: String,
+}
+
+/// Where COPY finds the rows of a group.
+enum Source<'a> {
+    /// Every record was kept out.
+    Nowhere,
+    Ours(&'a Staged),
+    /// The external stage over the lake's bucket.
+    Lake(&'a str),
 }
 
 /// What a record says that is kept out of the table, and whether its bytes are in the object.
@@ -74,7 +85,7 @@ impl<'a> Loader<'a> {
         lane: &Lane,
         seen: Option<i64>,
         group: &[CommitRecord],
-        staged: Option<&Staged>,
+        source: &Source<'_>,
         rejected: &[Rejected<'_>],
     ) -> Result<Option<()>, Refusal> {
         let last_offset = group.last().map_or(-1, |it| it.last_offset);
@@ -83,9 +94,17 @@ impl<'a> Loader<'a> {
         if self.session.changed(&moved).await? == 0 {
             return Ok(None);
         }
-        if let Some(staged) = staged {
-            let select = "parse_json($1:v::varchar), $1:topic::varchar, $1:partition::number(10, 0), $1:offset::number(19, 0), $1:object::varchar";
-            staged.copy(&self.session, &format!("{}(v, _topic, _partition, _offset, _object)", self.into), select).await?;
+        let into = format!("{}(v, _topic, _partition, _offset, _object)", self.into);
+        match source {
+            Source::Nowhere => {}
+            Source::Ours(staged) => {
+                let select = "parse_json($1:v::varchar), $1:topic::varchar, $1:partition::number(10, 0), $1:offset::number(19, 0), $1:object::varchar";
+                staged.copy(&self.session, &into, select).await?;
+            }
+            Source::Lake(stage) => {
+                let select = "parse_json($1:value::varchar), $1:_topic::varchar, $1:_partition::number(10, 0), $1:_offset::number(19, 0), metadata$filename";
+                copy_objects(&self.session, stage, &into, select, group).await?;
+            }
         }
         for some in rejected.chunks(ROWS_AT_ONCE) {
             let rows: Vec<String> = some.iter().map(rejected_row).collect();
@@ -98,6 +117,29 @@ impl<'a> Loader<'a> {
             self.session.run(&format!("insert into raw._loads({columns}) values {}", rows.join(", "))).await?;
         }
         Ok(Some(()))
+    }
+
+    /// All of it or nothing. None where somebody else was first.
+    async fn transact(
+        &self,
+        lane: &Lane,
+        seen: Option<i64>,
+        group: &[CommitRecord],
+        source: &Source<'_>,
+        rejected: &[Rejected<'_>],
+    ) -> Result<Option<()>, Refusal> {
+        self.session.run("begin").await?;
+        match self.write(lane, seen, group, source, rejected).await {
+            Ok(Some(())) => self.session.run("commit").await.map(Some),
+            // Somebody else's commit came between.
+            Err(Refusal::Refused(refused)) if refused.is_conflict() => self.session.run("rollback").await.map(|()| None),
+            Ok(None) => self.session.run("rollback").await.map(|()| None),
+            Err(error) => {
+                // The error that counts is the first; a session that cannot roll back ends, and its transaction with it.
+                let _ = self.session.run("rollback").await;
+                Err(error)
+            }
+        }
     }
 
     /// The lane's position row, before its first load.
@@ -125,31 +167,42 @@ impl LaneLoader for Loader<'_> {
         if seen.is_none() {
             self.begin_lane(lane).await?;
         }
+        let loaded = Loaded { files: group.len() as u64, rows: group.iter().map(|it| it.rows).sum(), rejected: 0 };
+        // Where records became dead letters the range has holes, and only the object says which they were.
+        if let Some(stage) = self.warehouse.stage().filter(|_| group.iter().all(|it| it.holes() == 0)) {
+            match self.transact(lane, seen, group, &Source::Lake(stage), &[]).await {
+                // A record is no JSON: it is told apart below.
+                Err(Refusal::Refused(refused)) if refused.is_about_a_value() => {}
+                done => return Ok(done?.map(|()| loaded)),
+            }
+        }
         let (file, rejected) = self.read(group).await?;
         let staged = file.upload(&self.session).await?;
-        let written = async {
-            self.session.run("begin").await?;
-            match self.write(lane, seen, group, staged.as_ref(), &rejected).await {
-                Ok(Some(())) => self.session.run("commit").await.map(Some),
-                // Somebody else's commit came between.
-                Err(Refusal::Refused(refused)) if refused.is_conflict() => self.session.run("rollback").await.map(|()| None),
-                Ok(None) => self.session.run("rollback").await.map(|()| None),
-                Err(error) => {
-                    // The error that counts is the first; a session that cannot roll back ends, and its transaction with it.
-                    let _ = self.session.run("rollback").await;
-                    Err(error)
-                }
-            }
-        };
-        let written = written.await;
+        let source = staged.as_ref().map_or(Source::Nowhere, Source::Ours);
+        let written = self.transact(lane, seen, group, &source, &rejected).await;
         if let Some(staged) = staged {
             staged.remove(&self.session).await;
         }
-        let loaded = Loaded { files: group.len() as u64, rows: group.iter().map(|it| it.rows).sum(), rejected: rejected.len() as u64 };
+        let written = written.map_err(|error| about(error, group))?;
+        let loaded = Loaded { rejected: rejected.len() as u64, ..loaded };
         for Rejected { record, dead, .. } in &rejected {
             tracing::warn!(topic = record.topic, partition = record.partition, offset = dead.offset, reason = dead.reason, "record kept out of the warehouse");
         }
-        Ok(written?.map(|()| loaded))
+        Ok(written.map(|()| loaded))
+    }
+}
+
+/// A file of ours is gone when somebody looks for it: the objects it was made of are not.
+fn about(error: Refusal, group: &[CommitRecord]) -> Refusal {
+    match (error, group) {
+        (Refusal::Copy { files, loaded, expected, errors, first_error }, [first, .., last]) => {
+            let files = format!("{files} ({} to {})", first.data, last.data);
+            Refusal::Copy { files, loaded, expected, errors, first_error }
+        }
+        (Refusal::Copy { files, loaded, expected, errors, first_error }, [only]) => {
+            Refusal::Copy { files: format!("{files} ({})", only.data), loaded, expected, errors, first_error }
+        }
+        (other, _) => other,
     }
 }
 

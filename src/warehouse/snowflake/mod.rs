@@ -7,7 +7,7 @@
 //! DDL asks for no more than the schemas and what lies in them; the database, the virtual warehouse and the role are the
 //! administrator's (`assets/snowflake-setup.sql`).
 
-use std::{collections::BTreeMap, fmt, fmt::Write as _, sync::Arc};
+use std::{collections::BTreeMap, fmt, fmt::Write as _, sync::Arc, time::Duration};
 
 use tokio::sync::Mutex;
 
@@ -51,8 +51,13 @@ impl fmt::Debug for Snowflake {
 impl Snowflake {
     /// Signs in and asks one question, so that a wrong account, key, role or database is known at once.
     pub async fn connect(access: &Access) -> Result<Self, Error> {
+        Self::connect_within(access, wire::REQUEST_MAX).await
+    }
+
+    /// The same, with a limit for one request.
+    async fn connect_within(access: &Access, request_max: Duration) -> Result<Self, Error> {
         let settings = Arc::new(Settings::new(access)?);
-        let this = Self { settings, http: session::http()?, questions: Arc::default(), tag: Arc::from("ledgerline"), room: Room::new() };
+        let this = Self { settings, http: session::http(request_max)?, questions: Arc::default(), tag: Arc::from("ledgerline"), room: Room::new() };
         // A database that may not be used is no error of the sign-in: the session only has none.
         this.rows(&format!("select count(*)::varchar from {}.information_schema.schemata", this.settings.database)).await?;
         Ok(this)
@@ -65,6 +70,11 @@ impl Snowflake {
 
     pub(crate) fn room(&self) -> &Room {
         &self.room
+    }
+
+    /// The external stage over the lake's bucket, where there is one.
+    fn stage(&self) -> Option<&str> {
+        self.settings.stage.as_deref()
     }
 
     /// A session of its own, for a transaction or temporary tables.

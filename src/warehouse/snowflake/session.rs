@@ -13,26 +13,32 @@ use snowflake_api::{AuthArgs, AuthType, CertificateArgs, QueryResult, SnowflakeA
 use super::{
     address::Settings,
     error::{Asker, Error},
-    wire::{Failed, Outgoing, REQUEST_MAX, Wire},
+    wire::{Failed, Outgoing, Wire},
 };
 
 /// No statement of ours is worth more; whoever waits for a task has limits of their own.
 const STATEMENT_MAX: Duration = Duration::from_secs(3600);
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 
+/// Nobody waits for a session to be closed.
+const FAREWELL_MAX: Duration = Duration::from_secs(10);
+
 /// A row as text; None is NULL.
 pub type Row = Vec<Option<String>>;
 
 /// The HTTP client that all sessions of an account share.
-pub(super) fn http() -> Result<Client, Error> {
-    let client = Client::builder().connect_timeout(CONNECT_MAX).timeout(REQUEST_MAX).gzip(true).user_agent(concat!("ledgerline/", env!("CARGO_PKG_VERSION")));
+pub(super) fn http(request_max: Duration) -> Result<Client, Error> {
+    let client = Client::builder().connect_timeout(CONNECT_MAX).timeout(request_max).gzip(true).user_agent(concat!("ledgerline/", env!("CARGO_PKG_VERSION")));
     client.build().map_err(|error| Error::Answer(error.to_string()))
 }
 
 /// A session: its transaction and its temporary tables are its own. It signs in with its first statement, and again with the
 /// next where the token has run out.
+///
+/// Dropped, it signs out: a transaction that was open must not hold its lane until Snowflake misses the client.
 pub(crate) struct Session {
-    api: SnowflakeApi,
+    /// None only while it is being dropped.
+    api: Option<SnowflakeApi>,
     outgoing: Outgoing,
     failed_sign_in: Failed,
     /// A PUT is a statement and what it sends; one at a time.
@@ -73,7 +79,7 @@ impl Session {
         };
         let client = reqwest_middleware::ClientBuilder::new(http.clone()).with(wire).build();
         let api = SnowflakeApiBuilder::new(auth).with_client(client).build().map_err(|error| told(error, &failed_sign_in))?;
-        Ok(Self { api, outgoing, failed_sign_in, putting: tokio::sync::Mutex::new(()) })
+        Ok(Self { api: Some(api), outgoing, failed_sign_in, putting: tokio::sync::Mutex::new(()) })
     }
 
     /// Runs one statement. Dropped in the middle, it cancels it.
@@ -83,7 +89,8 @@ impl Session {
 
     /// Runs one statement and returns its rows.
     pub(crate) async fn rows(&self, sql: &str) -> Result<Vec<Row>, Error> {
-        let result = tokio::time::timeout(STATEMENT_MAX, self.api.exec(sql)).await;
+        let api = self.api.as_ref().expect("it is there until it is dropped");
+        let result = tokio::time::timeout(STATEMENT_MAX, api.exec(sql)).await;
         match result.map_err(|_| Error::TimedOut { seconds: STATEMENT_MAX.as_secs() })?.map_err(|error| told(error, &self.failed_sign_in))? {
             QueryResult::Empty => Ok(Vec::new()),
             QueryResult::Json(json) => {
@@ -119,6 +126,18 @@ impl Session {
     }
 }
 
+impl Drop for Session {
+    fn drop(&mut self) {
+        let (Some(mut api), Ok(runtime)) = (self.api.take(), tokio::runtime::Handle::try_current()) else { return };
+        runtime.spawn(async move {
+            // One that never signed in sends nothing. An error means that Snowflake ends it by itself, later.
+            if let Ok(Err(error)) = tokio::time::timeout(FAREWELL_MAX, api.close_session()).await {
+                tracing::debug!(%error, "a session on Snowflake was not closed");
+            }
+        });
+    }
+}
+
 /// What the wire said, out of the crate's wrapping; else the crate's own words.
 fn told(error: SnowflakeApiError, failed_sign_in: &Failed) -> Error {
     use reqwest_middleware::Error::Middleware;
@@ -129,7 +148,7 @@ fn told(error: SnowflakeApiError, failed_sign_in: &Failed) -> Error {
         }
         // The crate keeps the type of these to itself, so the wire has put its own word aside. Without one, nothing was sent:
         // what is left of a sign-in is the token, which is signed here.
-        SnowflakeApiError::AuthError(_) => failed_sign_in.lock().ok().and_then(|mut it| it.take()).unwrap_or(Error::KeyForm),
+        SnowflakeApiError::AuthError(_) => failed_sign_in.lock().ok().and_then(|mut it| it.take()).unwrap_or(Error::KeyForm("cannot be read as PKCS#8")),
         other => Error::Answer(other.to_string()),
     }
 }

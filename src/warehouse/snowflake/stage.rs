@@ -17,7 +17,9 @@ use sha2::{Digest as _, Sha256};
 use super::{
     error::{Error, without_values},
     session::{Row, Session},
+    text,
 };
+use crate::lake::log::CommitRecord;
 
 /// The stage of all loads.
 pub(super) const STAGE: &str = "raw.ledgerline_stage";
@@ -75,7 +77,7 @@ impl Staged {
     /// Copies its rows into a table, in the session's transaction. `into` is `raw.x(a, b)`, `select` what of `$1` goes there.
     pub(crate) async fn copy(&self, session: &Session, into: &str, select: &str) -> Result<(), Error> {
         let sql = format!("copy into {into} from (select {select} from {}) file_format = (type = parquet)", self.place);
-        taken(&session.rows(&sql).await?, self.rows)
+        taken(&session.rows(&sql).await?, self.rows, &self.place)
     }
 
     /// What a crash leaves is a file nobody reads; the stage's owner may remove it at any time.
@@ -84,6 +86,16 @@ impl Staged {
             tracing::debug!(%error, place = self.place, "a file stays in the stage");
         }
     }
+}
+
+/// Copies whole objects of the lake into a table, from where they lie.
+///
+/// `force`: COPY remembers for 64 days which files it has read into a table, and skips them; what is loaded is told by
+/// `raw._positions` alone. What came of the files is checked by their rows, which their commit records promise.
+pub(super) async fn copy_objects(session: &Session, stage: &str, into: &str, select: &str, objects: &[CommitRecord]) -> Result<(), Error> {
+    let files: Vec<String> = objects.iter().map(|it| text(&it.data)).collect();
+    let sql = format!("copy into {into} from (select {select} from @{stage}/) files = ({}) file_format = (type = parquet) force = true", files.join(", "));
+    taken(&session.rows(&sql).await?, objects.iter().map(|it| it.rows).sum(), &format!("@{stage}"))
 }
 
 /// A folder no load has had: of this process, and of this moment.
@@ -95,8 +107,8 @@ fn unused() -> String {
 }
 
 /// COPY's answer, a row a file: file, status, rows_parsed, rows_loaded, error_limit, errors_seen, first_error, …
-fn taken(answer: &[Row], expected: u64) -> Result<(), Error> {
-    let (loaded_at, errors_at, first_at) = (3, 5, 6);
+fn taken(answer: &[Row], expected: u64, place: &str) -> Result<(), Error> {
+    let (file_at, parsed_at, loaded_at, errors_at, first_at) = (0, 2, 3, 5, 6);
     let number = |row: &Row, place: usize| row.get(place).and_then(|it| it.as_deref()?.parse::<u64>().ok()).unwrap_or_default();
     let loaded = answer.iter().map(|row| number(row, loaded_at)).sum();
     let errors = answer.iter().map(|row| number(row, errors_at)).sum();
@@ -104,7 +116,10 @@ fn taken(answer: &[Row], expected: u64) -> Result<(), Error> {
         return Ok(());
     }
     let first_error = answer.iter().find_map(|row| row.get(first_at)?.as_deref()).map(|it| without_values("100", it));
-    Err(Error::Copy { loaded, expected, errors, first_error })
+    // The file that was not taken whole; where each was, rows are missing that no file has.
+    let broken = answer.iter().find(|row| row.len() > first_at && (number(row, errors_at) > 0 || number(row, loaded_at) < number(row, parsed_at)));
+    let files = broken.and_then(|row| row.get(file_at)?.clone()).unwrap_or_else(|| place.to_owned());
+    Err(Error::Copy { files, loaded, expected, errors, first_error })
 }
 
 #[cfg(test)]
@@ -118,13 +133,14 @@ mod tests {
     #[test]
     fn copys_answer_is_taken_at_its_word() {
         let whole = row([Some("a"), Some("LOADED"), Some("3"), Some("3"), Some("1"), Some("0"), None]);
-        assert!(taken(std::slice::from_ref(&whole), 3).is_ok());
-        assert!(matches!(taken(&[whole], 4), Err(Error::Copy { loaded: 3, expected: 4, .. })));
+        assert!(taken(std::slice::from_ref(&whole), 3, "@s").is_ok());
+        let error = taken(std::slice::from_ref(&whole), 4, "@s/rows.parquet").expect_err("one is missing").to_string();
+        assert_eq!(error, "COPY loaded 3 of 4 rows of @s/rows.parquet (0 errors)");
         // "Copy executed with 0 files processed." is one row of one column.
-        assert!(matches!(taken(&[vec![Some("Copy executed with 0 files processed.".to_owned())]], 1), Err(Error::Copy { loaded: 0, .. })));
-        let part = row([Some("a"), Some("PARTIALLY_LOADED"), Some("3"), Some("2"), Some("1"), Some("1"), Some("Error parsing JSON: '{\"name\":\"Ada\"'")]);
-        let error = taken(&[part], 3).expect_err("one is missing").to_string();
-        assert_eq!(error, "COPY loaded 2 of 3 rows (1 errors, the first: Error parsing JSON: …)");
+        assert!(matches!(taken(&[vec![Some("Copy executed with 0 files processed.".to_owned())]], 1, "@s"), Err(Error::Copy { loaded: 0, .. })));
+        let part = row([Some("b"), Some("PARTIALLY_LOADED"), Some("3"), Some("2"), Some("1"), Some("1"), Some("Error parsing JSON: '{\"name\":\"Ada\"'")]);
+        let error = taken(&[whole, part], 6, "@s").expect_err("one is missing").to_string();
+        assert_eq!(error, "COPY loaded 5 of 6 rows of b (1 errors, the first: Error parsing JSON: …)");
     }
 
     #[test]

@@ -30,12 +30,17 @@ const SOON: Duration = Duration::from_secs(60);
 /// What the server says next to a statement.
 enum Say {
     Rows(&'static str),
-    /// "Still running", and then this at the other address.
+    /// "Still running", and then this at the other address; nothing there for `NEVER`.
     Later(&'static str),
     Refuse(&'static str, &'static str),
     /// Nothing, ever.
     Nothing,
 }
+
+const NEVER: &str = "never";
+
+/// A sign-in that gets no answer.
+const SILENT: (u16, &str) = (0, "");
 
 /// An account that follows a script.
 struct Account {
@@ -59,7 +64,12 @@ impl Account {
     }
 
     fn access(&self) -> Access {
-        Access { url: Secret::new("snowflake://acc/bank?warehouse=w&role=r&user=u"), endpoint: Some(self.url.clone()), private_key: Some(Secret::new(KEY)) }
+        Access {
+            url: Secret::new("snowflake://acc/bank?warehouse=w&role=r&user=u"),
+            endpoint: Some(self.url.clone()),
+            private_key: Some(Secret::new(KEY)),
+            stage: None,
+        }
     }
 
     async fn connect(&self) -> Result<Snowflake, Error> {
@@ -107,6 +117,7 @@ async fn serve(connection: TcpStream, sign_in: Option<(u16, &'static str)>, scri
     news.notify_waiters();
     let (status, answer) = match path.as_str() {
         "/session/v1/login-request" => match sign_in {
+            Some(SILENT) => std::future::pending().await,
             Some(refused) => (refused.0, refused.1.to_owned()),
             None => (200, signed_in().to_string()),
         },
@@ -122,6 +133,7 @@ async fn serve(connection: TcpStream, sign_in: Option<(u16, &'static str)>, scri
                 None => (200, rows_of("0").to_string()),
             }
         }
+        later if later.ends_with(NEVER) => std::future::pending().await,
         later if later.starts_with("/later/") => (200, rows_of(later.trim_start_matches("/later/")).to_string()),
         _ => (200, json!({"success": true, "code": null, "message": null, "data": null}).to_string()),
     };
@@ -219,4 +231,51 @@ async fn a_missing_warehouse_names_the_grant() {
     let account = Account::start(None, vec![Say::Refuse("000606", "No active warehouse selected in the current session.")]).await;
     let error = account.connect().await.expect_err("there is no warehouse");
     assert!(matches!(error.fault(), Fault::Operator(remedy) if remedy.contains("grant usage on warehouse W to role R")));
+}
+
+#[tokio::test]
+async fn a_statement_that_is_still_running_is_cancelled_too() {
+    let account = Account::start(None, vec![Say::Rows("0"), Say::Later(NEVER)]).await;
+    let warehouse = account.connect().await.expect("connects");
+    let asking = tokio::spawn(async move { warehouse.rows("call endless()").await });
+    account.hears(&format!("/later/{NEVER}")).await;
+    asking.abort();
+    assert_eq!(account.hears("/queries/v1/abort-request").await["sqlText"], "call endless()");
+}
+
+#[tokio::test]
+async fn who_says_nothing_is_given_up_and_the_statement_cancelled() {
+    const REQUEST_MAX: Duration = Duration::from_millis(300);
+    let account = Account::start(Some(SILENT), vec![]).await;
+    let error = Snowflake::connect_within(&account.access(), REQUEST_MAX).await.expect_err("nobody answers");
+    assert!(matches!(&error, Error::Away { .. }) && error.fault() == Fault::Transient, "{error:?}");
+    assert!(error.to_string().contains("timed out"), "{error}");
+
+    let account = Account::start(None, vec![Say::Nothing]).await;
+    let error = Snowflake::connect_within(&account.access(), REQUEST_MAX).await.expect_err("no statement is answered");
+    assert!(matches!(error, Error::Away { .. }), "{error:?}");
+    // A machine so busy that the sign-in took as long has asked nothing that could be cancelled.
+    if !account.heard("/queries/v1/query-request").is_empty() {
+        account.hears("/queries/v1/abort-request").await;
+    }
+}
+
+#[tokio::test]
+async fn a_session_nobody_holds_any_more_is_signed_out() {
+    let account = Account::start(None, vec![]).await;
+    let warehouse = account.connect().await.expect("connects");
+    assert_eq!(account.heard("/session").len(), 0);
+    drop(warehouse);
+    account.hears("/session").await;
+}
+
+#[tokio::test]
+async fn a_session_that_ends_in_a_transaction_is_tried_again_from_its_beginning() {
+    let account = Account::start(None, vec![Say::Rows("0"), Say::Rows("0"), Say::Refuse("390114", "Authentication token has expired.")]).await;
+    let warehouse = account.connect().await.expect("connects");
+    let session = warehouse.session().expect("a session");
+    session.run("begin").await.expect("begins");
+    let error = session.run("update raw._positions set last_offset = 1").await.expect_err("it is gone");
+    assert_eq!(error.fault(), Fault::Transient);
+    assert_eq!(account.heard("/queries/v1/query-request").len(), 3, "half of a transaction is not asked again elsewhere");
 }

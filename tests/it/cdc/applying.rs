@@ -6,7 +6,7 @@ use ledgerline::{
     cdc::{self, Applied, Config, SlotStep, SnapshotMode, Step},
     embedded::kafka,
     fault::{Diagnose as _, Fault},
-    stream::{self, tail, topics::Topics},
+    stream::{self, range, topics::Topics},
 };
 
 use super::{
@@ -35,11 +35,11 @@ impl House {
     }
 
     async fn n_topics(&self) -> usize {
-        Topics::connect(&self.broker.address()).expect("a client").partitions().await.expect("the broker answers").len()
+        Topics::connect(self.broker.address()).expect("a client").partitions().await.expect("the broker answers").len()
     }
 
     async fn rows(&self) -> usize {
-        tail::newest(&self.broker.address(), "bank.public.payments", 100).await.expect("the broker answers").len()
+        range::newest(&self.broker.address(), "bank.public.payments", 100).await.expect("the broker answers").len()
     }
 }
 

@@ -23,18 +23,19 @@ async fn the_native_engine_keeps_the_contract_of_a_capture() {
     keeps_the_contract(&database, broker.address(), config).await;
 }
 
-/// On the services that the environment names, as `ledgerline` itself would find them.
 #[cfg(feature = "stack")]
 #[tokio::test(flavor = "multi_thread")]
 async fn debezium_on_kafka_connect_keeps_the_contract_of_a_capture() {
-    let address = |key: &str| std::env::var(format!("LEDGERLINE__{key}")).unwrap_or_else(|_| panic!("LEDGERLINE__{key} names no service"));
-    let database = Database::create_on(&address("SOURCE__URL"), "contract").await;
-    let config = Config { engine: cdc::Engine::Debezium, connect_url: address("CDC__CONNECT_URL"), ..config(&database) };
-    keeps_the_contract(&database, address("STREAM__BOOTSTRAP_SERVERS"), config).await;
+    let database = Database::create("contract").await;
+    let broker = Broker::start(&database, &[TOPIC], 1);
+    let config = super::house::on_connect(&database);
+    keeps_the_contract(&database, broker.address(), config).await;
 }
 
 async fn keeps_the_contract(database: &Database, bootstrap_servers: String, config: Config) {
     let (state, topic): (&Secret, String) = (&database.url, format!("{}.{TOPIC}", config.topic_prefix));
+    #[cfg(feature = "stack")]
+    let _worker = super::debezium::WORKER.read().await;
     database.run(PAYMENTS).await;
     database.run("insert into payments select id, 7.00, 'old' from generate_series(1, 500) id;").await;
     let mut reader = Reader::start(&bootstrap_servers);
@@ -84,7 +85,7 @@ async fn keeps_the_contract(database: &Database, bootstrap_servers: String, conf
 }
 
 /// Every row by its events, and every commit as large as its END says, however often it was told.
-async fn holds_what_the_source_holds(reader: &mut Reader, database: &Database, config: &Config) {
+pub(super) async fn holds_what_the_source_holds(reader: &mut Reader, database: &Database, config: &Config) {
     let events = reader.read(&format!("{}.{TOPIC}", config.topic_prefix));
     let (rows, _) = replayed(&events);
     assert_eq!(rows, held(database).await);

@@ -209,6 +209,11 @@ impl Broker {
         self.address.clone()
     }
 
+    #[cfg(feature = "stack")]
+    pub(super) fn reader(&mut self) -> &mut Reader {
+        &mut self.reader
+    }
+
     /// As [`Reader::read_on`], by the topic's name behind the prefix.
     pub(super) fn read_on(&mut self, topic: &str) -> Vec<Read> {
         let topic = self.name(topic);
@@ -359,6 +364,13 @@ pub(super) fn config(database: &Database) -> Config {
         publication: database.name.clone(),
         ..Config::default()
     }
+}
+
+/// The same by Debezium, on the Kafka Connect of `tests/stack`, which resolves the reference to the source's password.
+#[cfg(feature = "stack")]
+pub(super) fn on_connect(database: &Database) -> Config {
+    let stack = stack().expect("the lane of the real servers");
+    Config { engine: cdc::Engine::Debezium, connect_url: stack.value("CDC__CONNECT_URL"), ..config(database) }
 }
 
 /// The text with everything that differs from run to run made equal: LSNs, transaction ids, times, database, version.

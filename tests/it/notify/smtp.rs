@@ -176,7 +176,11 @@ async fn a_wrong_password_keeps_the_letters_waiting_with_the_reason() {
     let wrong = Config { password: Some(Secret::new("hunter3")), ..right.clone() };
     let postman = Postman::start(&house, &outbox, &wrong);
     let seen = postman.until(|it| it.away.is_some()).await;
-    assert!((seen.waiting, seen.refused) == (1, 0) && seen.away.as_ref().is_some_and(|it| it.contains("535") && !it.contains("hunter")), "{seen:?}");
+    assert!(
+        (seen.waiting, seen.refused) == (1, 0)
+            && seen.away.as_ref().is_some_and(|it| it.contains("535") && it.contains("LEDGERLINE__MAIL__PASSWORD") && !it.contains("hunter")),
+        "{seen:?}"
+    );
     postman.stop().await;
     // With the right one the next start brings it there.
     let postman = Postman::start(&house, &outbox, &right);

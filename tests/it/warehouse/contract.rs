@@ -1,4 +1,4 @@
-//! What every warehouse promises, asked of each: of PostgreSQL always, of the Snowflake double with the feature `stack`.
+//! What every warehouse promises, asked of each: of PostgreSQL here, of Snowflake beside this.
 
 use ledgerline::{
     change::Lsn,
@@ -12,7 +12,7 @@ use super::{
     ground::{Ground, envelope, envelopes},
 };
 
-const CUSTOMERS: &str = "bank.public.customers";
+pub(super) const CUSTOMERS: &str = "bank.public.customers";
 
 /// Runs statements on the warehouse, in its own words.
 async fn run(ground: &Ground, on_postgres: &str, on_snowflake: &[String]) {
@@ -30,7 +30,7 @@ async fn run(ground: &Ground, on_postgres: &str, on_snowflake: &[String]) {
 }
 
 /// The number a question is answered with; the question is in words that both understand.
-async fn number(ground: &Ground, sql: &str) -> i64 {
+pub(super) async fn number(ground: &Ground, sql: &str) -> i64 {
     match &ground.warehouse {
         Warehouse::Postgres(_) => ground.database.number(&format!("select ({sql})::bigint")).await,
         #[cfg(feature = "snowflake")]
@@ -42,7 +42,7 @@ async fn number(ground: &Ground, sql: &str) -> i64 {
 }
 
 /// Objects arrive once, in order; what is no JSON is set aside; two loaders at once are as good as one.
-async fn loads_each_object_once(ground: Ground) {
+pub(super) async fn loads_each_object_once(ground: Ground) {
     ground.warehouse.prepare().await.expect("preparing again is harmless");
     assert_eq!(ground.warehouse.cut().await.expect("asks"), None);
     let (first, second) = (Lane { topic: CUSTOMERS.into(), partition: 0 }, Lane { topic: CUSTOMERS.into(), partition: 1 });
@@ -94,7 +94,7 @@ async fn load_or_lose(ground: &Ground) -> u64 {
 }
 
 /// The ten KPIs are those of the source, the books balance at a mark, and a row that is tampered with is named.
-async fn counts_the_money_of_the_source(ground: Ground) {
+pub(super) async fn counts_the_money_of_the_source(ground: Ground) {
     let mut bank = Bank::new().await;
     bank.source.run("insert into customers select n, 'A', 'B' || n from generate_series(1, 20) n; insert into accounts select n, n, case when n % 3 = 0 then 'LOAN' else 'CHECKING' end, 0 from generate_series(1, 20) n; truncate notebook").await;
     bank.snapshot().await;
@@ -205,43 +205,4 @@ async fn postgres_loads_each_object_once() {
 #[tokio::test]
 async fn postgres_counts_the_money_of_the_source() {
     Box::pin(counts_the_money_of_the_source(Ground::new().await)).await;
-}
-
-#[cfg(feature = "stack")]
-mod double {
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    use ledgerline::{secret::Secret, warehouse::Access};
-    use url::Url;
-
-    use super::*;
-    use crate::warehouse::ground::Database;
-
-    fn variable(name: &str) -> String {
-        std::env::var(format!("LEDGERLINE__WAREHOUSE__{name}")).unwrap_or_else(|_| panic!("LEDGERLINE__WAREHOUSE__{name} says where the Snowflake double is"))
-    }
-
-    /// A database of its own in the double at `LEDGERLINE__WAREHOUSE__ENDPOINT`.
-    pub(super) fn access() -> Access {
-        static MADE: AtomicU32 = AtomicU32::new(0);
-        let mut url = Url::parse(&variable("URL")).expect("LEDGERLINE__WAREHOUSE__URL is an address");
-        url.set_path(&format!("/IT_{}_{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed)));
-        let endpoint = Some(Url::parse(&variable("ENDPOINT")).expect("LEDGERLINE__WAREHOUSE__ENDPOINT is an address"));
-        Access { url: Secret::new(url), endpoint, private_key: Some(Secret::new(variable("PRIVATE_KEY"))) }
-    }
-
-    async fn ground() -> Ground {
-        let warehouse = Warehouse::connect(&access()).await.expect("the double lets us in");
-        Ground::of(Database::create().await, warehouse.tagged("ledgerline/contract/1/test")).await
-    }
-
-    #[tokio::test]
-    async fn snowflake_loads_each_object_once() {
-        Box::pin(loads_each_object_once(ground().await)).await;
-    }
-
-    #[tokio::test]
-    async fn snowflake_counts_the_money_of_the_source() {
-        Box::pin(counts_the_money_of_the_source(ground().await)).await;
-    }
 }

@@ -61,7 +61,7 @@ pub(super) struct Ground {
     pub(super) warehouse: Warehouse,
     pub(super) store: Store,
     pub(super) topics: Topics,
-    _lake: Lake,
+    pub(super) lake: Lake,
 }
 
 impl Ground {
@@ -76,11 +76,12 @@ impl Ground {
         warehouse.prepare().await.expect("prepares");
         let lake = Lake::open().await;
         let store = Store::connect(&lake.access).await.expect("the lake answers");
-        Self { database, warehouse, store, topics: Topics::new("bank"), _lake: lake }
+        Self { database, warehouse, store, topics: Topics::new("bank"), lake }
     }
 
     pub(super) async fn end(self) {
         self.database.drop().await;
+        drop(self.lake);
     }
 
     pub(super) async fn load(&self, table: &str) -> load::Loaded {
