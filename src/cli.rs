@@ -149,7 +149,7 @@ pub struct Cdc {
 pub enum CdcCommand {
     /// Show the replication slot, how far it is read and what it holds back
     Status(Output),
-    /// Bring publication, slot and topics to what the configuration says, without starting to stream
+    /// Bring publication, topics, and slot or connector to what the configuration says, without starting to stream
     Apply(Apply),
     /// Read a table again while the stream goes on: its rows arrive as read events, none hides a newer change
     Resnapshot(Resnapshot),

@@ -80,6 +80,8 @@ pub struct Applied {
     pub slot: String,
     #[serde(flatten)]
     pub slot_step: SlotStep,
+    /// With Debezium.
+    pub connector: Option<ConnectorStep>,
     /// The first start will read the rows that exist, and make the slot anew for it: both must see the same moment.
     pub snapshot_comes: bool,
 }
@@ -99,11 +101,25 @@ pub enum SlotStep {
     LeftToConnector,
 }
 
+/// The connector in Kafka Connect.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "step", rename_all = "snake_case")]
+pub enum ConnectorStep {
+    /// It is there and stands still until the capture starts.
+    Registered,
+    /// The names of the settings that differed.
+    Updated {
+        settings: Vec<String>,
+    },
+    Kept,
+}
+
 impl Applied {
     /// Whether everything was as the configuration says.
     pub fn is_unchanged(&self) -> bool {
         let made = matches!(self.slot_step, SlotStep::Made { .. });
-        !(self.publication_created || made) && self.tables_added.is_empty() && self.topics_created.is_empty()
+        let registered = self.connector.as_ref().is_some_and(|it| *it != ConnectorStep::Kept);
+        !(self.publication_created || made || registered) && self.tables_added.is_empty() && self.topics_created.is_empty()
     }
 }
 

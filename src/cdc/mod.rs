@@ -45,7 +45,7 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    admin::{Applied, Removal, SlotStep, SnapshotState, Standing, has_slot, remove, resnapshot, standing},
+    admin::{Applied, ConnectorStep, Removal, SlotStep, SnapshotState, Standing, has_slot, remove, resnapshot, standing},
     error::{Error, Poison},
     incremental::Request,
     prepare::apply,

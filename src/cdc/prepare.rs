@@ -1,5 +1,5 @@
-//! What a capture needs before its first byte, whichever engine reads: the checks of the source, the publication, the topics; and for
-//! our own engine the slot. It is prepared at every start; `cdc apply` prepares without starting. What is there already is left as it is.
+//! What a capture needs before its first byte, whichever engine reads: the checks of the source, the publication, the topics; for
+//! our own engine the slot, for Debezium the connector. It is prepared at every start; `cdc apply` prepares without starting. What is there already is left as it is.
 
 use std::{collections::BTreeSet, num::NonZeroU32};
 
@@ -9,6 +9,7 @@ use super::{
     Config, Engine, SnapshotMode,
     admin::{Applied, SlotStep},
     catalog,
+    debezium::registration::{self, Registrar},
     error::Error,
     progress::Store,
     slot::{self, Made, Start},
@@ -98,7 +99,7 @@ pub(super) async fn make_slot(store: &mut Store, source: &Source, config: &Confi
     Ok(made)
 }
 
-/// Brings publication, slot and topics to what the configuration says, without starting to stream; the same checks as a start.
+/// Brings publication, topics, and slot or connector to what the configuration says, without starting to stream; the same checks as a start.
 /// What is there already stays as it is, so a second call changes nothing. With `dry_run` only says what it would do.
 pub async fn apply(
     source: &Secret,
@@ -119,7 +120,21 @@ pub async fn apply(
         Engine::Native => Some(slot::decide(&config.slot, &source.database, found.as_ref(), progress.as_ref())?),
         Engine::Debezium => None,
     };
-    let resuming = start.as_ref().map_or(found.is_some(), |it| matches!(it, Start::Resume { .. }));
+    let registrar = match config.engine {
+        Engine::Native => None,
+        Engine::Debezium => Some(Registrar::new(&source, config)?),
+    };
+    let registered = match &registrar {
+        Some(registrar) => Some(registrar.look(&mut connection, progress.as_ref()).await?),
+        None => None,
+    };
+    let resuming = match &registered {
+        Some(found) => found.start != registration::Start::Fresh,
+        None => matches!(start, Some(Start::Resume { .. })),
+    };
+    if !resuming && config.snapshot == SnapshotMode::Initial {
+        catalog::require_readable(&mut connection, &wanted).await?;
+    }
     let published = publish(&mut connection, config, &wanted, resuming, dry_run).await?;
 
     let topics = Topics::new(&config.topic_prefix);
@@ -149,6 +164,16 @@ pub async fn apply(
         (Some(_), None) => SlotStep::Made { lsn: None },
         (None, None) => SlotStep::LeftToConnector,
     };
+    let connector = match registrar.as_ref().zip(registered.as_ref()) {
+        Some((registrar, found)) if dry_run => Some(registrar.rehearse(found, &published.captured).await?),
+        Some((registrar, found)) => {
+            let mut store = Store::open(state, &config.topic_prefix).await?;
+            let step = registrar.register(&mut connection, &mut store, found, &published.captured).await?;
+            store.close().await;
+            Some(step)
+        }
+        None => None,
+    };
     let _ = connection.close().await;
     Ok(Applied {
         engine: config.engine,
@@ -160,6 +185,7 @@ pub async fn apply(
         topics_created,
         slot: config.slot.clone(),
         slot_step,
+        connector,
         snapshot_comes: !resuming && config.snapshot == SnapshotMode::Initial,
     })
 }

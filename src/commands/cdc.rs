@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::{
-    cdc::{self, Applied, Removal, Request, SlotStep, SnapshotState, Standing, Stats},
+    cdc::{self, Applied, ConnectorStep, Removal, Request, SlotStep, SnapshotState, Standing, Stats},
     cli::{self, CdcCommand, Output},
     config::Loaded,
     exit::{Exit, Failure},
@@ -156,6 +156,12 @@ fn applied_text(applied: &Applied) -> String {
         SlotStep::Made { lsn: None } => format!(" {would}created\n"),
         SlotStep::Kept { confirmed, active } => format!(" exists, confirmed {confirmed}{}\n", if *active { ", being read" } else { "" }),
         SlotStep::LeftToConnector => " is made by the connector when it first starts\n".to_owned(),
+    };
+    text += &match &applied.connector {
+        None => String::new(),
+        Some(ConnectorStep::Registered) => format!("connector    {would}registered, and stands still until the capture starts\n"),
+        Some(ConnectorStep::Updated { settings }) => format!("connector    {would}brought up to date: {}\n", settings.join(", ")),
+        Some(ConnectorStep::Kept) => "connector    is as it should be\n".to_owned(),
     };
     if applied.snapshot_comes && applied.slot_step != SlotStep::LeftToConnector {
         text += "             the first start makes it anew, in one moment with the snapshot of the rows that exist\n";

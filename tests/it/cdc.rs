@@ -9,3 +9,4 @@ mod days;
 mod debezium;
 mod house;
 mod refusals;
+mod rereading;

@@ -12,6 +12,7 @@ pub(super) mod admin;
 mod failure;
 mod opening;
 mod reading;
+pub(super) mod registration;
 mod rest;
 mod settings;
 mod supervision;

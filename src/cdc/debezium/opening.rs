@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use sqlx::PgConnection;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -10,8 +9,7 @@ use super::{
     Capture,
     admin::{set_going, stand_still},
     reading::{self, Told},
-    rest::Settings,
-    settings,
+    registration::{Registrar, Start},
     watching::{self, Seen},
 };
 use crate::{
@@ -20,8 +18,8 @@ use crate::{
         error::Error,
         health::{self, Health},
         prepare,
-        progress::{Progress, Store},
-        slot::{self, Slot},
+        progress::Store,
+        slot,
         stats::Stats,
     },
     change::{Lsn, TableId},
@@ -56,31 +54,16 @@ pub(super) struct Reading {
     pub(super) slot_began: Option<Lsn>,
 }
 
-/// How to begin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Start {
-    /// There is nothing yet: a new connector makes slot and snapshot.
-    Fresh,
-    /// The connector is there and its snapshot is not finished.
-    UnderWay,
-    /// The snapshot was taken.
-    Resume,
-}
-
 impl Capture {
     pub(super) async fn open(&mut self, control: &Control<Stats>) -> Result<Open, Error> {
-        let version = settings::require_plugin(&self.rest).await?;
+        let registrar = Registrar { rest: self.rest.clone(), source: &self.source, config: &self.config };
         let mut connection = self.source.connect().await?;
         catalog::check_server(&mut connection).await?;
         let mut store = Store::open(&self.state, &self.config.topic_prefix).await?;
         let wanted = catalog::wanted_tables(&mut connection, &self.config).await?;
         let progress = store.read().await?;
-        let registered = self.rest.settings(self.name()).await?;
-        if let Some(registered) = &registered {
-            settings::require_ours(&self.config, &self.source, registered)?;
-        }
-        let slot = slot::find(&mut connection, &self.config.slot).await?;
-        let start = self.decide(registered.as_ref(), slot.as_ref(), progress.as_ref())?;
+        let found = registrar.look(&mut connection, progress.as_ref()).await?;
+        let start = found.start;
         if start != Start::Resume && self.takes_snapshot() {
             // Debezium would try for ever, and Connect call that RUNNING.
             catalog::require_readable(&mut connection, &wanted).await?;
@@ -92,7 +75,7 @@ impl Capture {
         prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         // Before the connector writes: what it does now is counted from its first record on.
         let follower = self.follow(&asking, &tables, start != Start::Resume).await?;
-        self.register(&mut connection, &mut store, start, slot.as_ref(), registered.as_ref(), &tables).await?;
+        registrar.register(&mut connection, &mut store, &found, &tables).await?;
         store.close().await;
         // The offsets outlive a connector that somebody deleted; without them Debezium would read everything again.
         if start == Start::Resume && self.rest.offset(self.name()).await?.is_none() {
@@ -101,7 +84,7 @@ impl Capture {
         if *control.wanted.borrow() == Phase::Running {
             set_going(&self.rest, self.name()).await?;
         }
-        tracing::info!(connector = self.name(), version, tables = tables.len(), ?start, "the connector is registered");
+        tracing::info!(connector = self.name(), tables = tables.len(), ?start, "the connector is looked after");
         Ok(self.watch(follower, asking, tables, (start != Start::Resume).then(Reading::default)))
     }
 
@@ -114,32 +97,6 @@ impl Capture {
         Open { follower, health, seen, asking, tables, snapshot, _tasks: [looking, asking_connect] }
     }
 
-    /// What connector, slot and progress say together. Anything that would be a silent gap is an error.
-    fn decide(&self, registered: Option<&Settings>, slot: Option<&Slot>, progress: Option<&Progress>) -> Result<Start, Error> {
-        let name = &self.config.slot;
-        if let Some(slot) = slot {
-            slot::require_ours(name, &self.source.database, slot)?;
-        }
-        let Some(progress) = progress else {
-            return match (registered, slot) {
-                (Some(_), _) => Err(Error::ConnectorUnknown { connector: self.name().to_owned() }),
-                (None, Some(_)) => Err(Error::SlotUnknown { slot: name.clone() }),
-                (None, None) => Ok(Start::Fresh),
-            };
-        };
-        let finished = progress.finished_at.is_some();
-        if finished && progress.slot != *name {
-            return Err(Error::SlotForeign { slot: name.clone(), reason: format!("this capture belongs to slot {}", progress.slot) });
-        }
-        match (finished, slot, registered) {
-            (true, None, _) => Err(Error::SlotMissing { slot: progress.slot.clone() }),
-            (true, Some(slot), _) => slot::require_alive(name, slot).map(|()| Start::Resume),
-            (false, _, Some(_)) => Ok(Start::UnderWay),
-            // It ended between the note that it begins and the registration, or somebody deleted the connector meanwhile.
-            (false, _, None) => Ok(Start::Fresh),
-        }
-    }
-
     /// Reads along: the transaction topic and the heartbeats from now on, the tables from their beginning while the snapshot is read.
     async fn follow(&self, asking: &topics::Topics, tables: &BTreeSet<TableId>, with_tables: bool) -> Result<Follower<Told>, Error> {
         let signs = BTreeSet::from([self.topics.boundaries(), self.topics.heartbeat()]);
@@ -150,44 +107,6 @@ impl Capture {
         }
         let topics = self.topics.clone();
         Ok(Follower::start(&self.kafka, &lanes, move |message| reading::told(&topics, message))?)
-    }
-
-    /// Makes the connector, or brings it up to date where it differs.
-    async fn register(
-        &mut self,
-        connection: &mut PgConnection,
-        store: &mut Store,
-        start: Start,
-        slot: Option<&Slot>,
-        registered: Option<&Settings>,
-        tables: &BTreeSet<TableId>,
-    ) -> Result<(), Error> {
-        let wanted = settings::wanted(&self.config, &self.source, tables)?;
-        let name = self.name().to_owned();
-        let Some(registered) = registered else {
-            self.rest.validate(&name, &wanted).await?;
-            if start == Start::Fresh {
-                if slot.is_some() {
-                    tracing::warn!(slot = self.config.slot, "the snapshot was cut short, starting over");
-                    slot::drop_slot(connection, &self.config.slot).await?;
-                }
-                store.begin(&self.config.slot).await?;
-            }
-            self.rest.create_stopped(&name, &wanted).await?;
-            if start == Start::Fresh {
-                // A connector of this name may have lived before; its offsets speak of a slot that is gone.
-                stand_still(&self.rest, &name).await?;
-                self.rest.forget_offsets(&name).await?;
-            }
-            return Ok(());
-        };
-        let differing = settings::differences(registered, &wanted);
-        if !differing.is_empty() {
-            self.rest.validate(&name, &wanted).await?;
-            self.rest.update(&name, &wanted).await?;
-            tracing::info!(connector = name, settings = differing.join(", "), "the connector's settings were brought up to date");
-        }
-        Ok(())
     }
 
     /// Takes the snapshot anew, from a new slot on: what was read without the snapshot that the slot exported may miss changes.

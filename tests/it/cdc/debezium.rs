@@ -10,9 +10,11 @@ use std::{
 };
 
 use ledgerline::{
-    cdc::{self, Config, Stats, Step},
+    cdc::{self, Config, ConnectorStep, Stats, Step},
     fault::{Diagnose as _, Fault},
     secret::Secret,
+    stream,
+    units::Span,
 };
 use tokio::sync::RwLock;
 
@@ -93,6 +95,36 @@ async fn what_connect_rejects_is_told_field_by_field() {
     // Nothing was registered, so the right settings are a first start.
     let capture = Capture::start(&database, broker.address(), config.clone());
     streaming(&capture).await;
+    capture.stop().await;
+    cdc::remove(&database.url, &config, false).await.expect("removed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn apply_registers_the_connector_and_a_start_goes_on_from_there() {
+    let _worker = WORKER.read().await;
+    let (database, mut broker, config) = payments("applied").await;
+    database.run("insert into payments values (1, 1.00, 'before');").await;
+    let connector = format!("/connectors/{}", database.name);
+    let kafka = broker.address();
+    let apply = async |config: &Config, dry_run| {
+        let applied = cdc::apply(&database.url, &database.url, &kafka, &stream::Config::default(), config, dry_run).await;
+        applied.expect("nothing speaks against it").connector
+    };
+    assert_eq!(apply(&config, true).await, Some(ConnectorStep::Registered));
+    assert!(ask("GET", &connector, "").contains(" 404 "), "a rehearsal registers nothing");
+    assert_eq!(apply(&config, false).await, Some(ConnectorStep::Registered));
+    assert!(ask("GET", &format!("{connector}/status"), "").contains("STOPPED"));
+    assert_eq!(apply(&config, false).await, Some(ConnectorStep::Kept));
+    let slower = Config { heartbeat: Span::from_secs(20), ..config.clone() };
+    let settings = vec!["heartbeat.interval.ms".to_owned()];
+    assert_eq!(apply(&slower, false).await, Some(ConnectorStep::Updated { settings }));
+
+    database.run("insert into payments values (2, 1.00, 'meanwhile');").await;
+    let capture = Capture::start(&database, kafka.clone(), config.clone());
+    streaming(&capture).await;
+    database.run("insert into payments values (3, 1.00, 'now');").await;
+    drained(&capture, &database).await;
+    holds_what_the_source_holds(broker.reader(), &database, &config).await;
     capture.stop().await;
     cdc::remove(&database.url, &config, false).await.expect("removed");
 }

@@ -1,0 +1,139 @@
+//! A table read again while the stream goes on.
+
+use std::collections::{BTreeMap, HashMap};
+
+use ledgerline::{
+    cdc::{self, Config, Step},
+    fault::{Diagnose as _, Fault},
+};
+
+use super::{
+    days::{PAYMENTS, finish, held, parsed, write_payments},
+    house::{Broker, Capture, Database, Read, config},
+};
+
+const ROWS: i64 = 20_000;
+/// Ids that writers leave alone.
+const UNTOUCHED: i64 = 10_000;
+
+struct House {
+    database: Database,
+    broker: Broker,
+    config: Config,
+}
+
+impl House {
+    async fn new(test: &str) -> Self {
+        let database = Database::create(test).await;
+        database.run(PAYMENTS).await;
+        database.run(&format!("insert into payments select id, 1.00, repeat('x', 50) from generate_series(1, {ROWS}) id;")).await;
+        let broker = Broker::start(&database, &["public.payments"], 1);
+        let config = config(&database);
+        Self { database, broker, config }
+    }
+
+    fn start(&self) -> Capture {
+        Capture::start(&self.database, self.broker.address(), self.config.clone())
+    }
+
+    async fn ask(&self) -> Result<Option<cdc::Request>, cdc::Error> {
+        cdc::resnapshot(&self.database.url, &self.database.url, &self.config, "public.payments", false).await
+    }
+
+    async fn waiting(&self) -> Vec<cdc::Request> {
+        cdc::standing(&self.database.url, &self.database.url, &self.config).await.expect("the source answers").incremental_snapshots
+    }
+
+    async fn until_read(&self) {
+        let read = async {
+            while !self.waiting().await.is_empty() {
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        };
+        tokio::time::timeout(super::house::PATIENCE, read).await.expect("it is read");
+    }
+}
+
+/// What a reader of the topic holds after all its events, whatever repeats, and how often each row was read again.
+fn read_along(records: &[Read]) -> (BTreeMap<i64, String>, HashMap<i64, usize>) {
+    let (mut rows, mut again) = (BTreeMap::new(), HashMap::new());
+    for event in records.iter().filter_map(parsed) {
+        if event["op"] == "d" {
+            rows.remove(&event["before"]["id"].as_i64().expect("an id"));
+            continue;
+        }
+        let id = event["after"]["id"].as_i64().expect("an id");
+        rows.insert(id, event["after"]["amount"].as_str().expect("a string").to_owned());
+        if event["source"]["snapshot"] == "incremental" {
+            assert!(event["op"] == "r" && event["source"]["lsn"].is_null() && event["source"]["txId"].is_null() && event["transaction"].is_null(), "{event}");
+            *again.entry(id).or_default() += 1;
+        }
+    }
+    (rows, again)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_row_that_is_read_again_hides_a_newer_change() {
+    let mut house = House::new("reread").await;
+    let capture = house.start();
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    let writing = write_payments(house.database.url.clone(), UNTOUCHED + 1..i64::MAX);
+    // Ids that are there already are no use to the writer: it goes behind them.
+    let asked = house.ask().await.expect("it may be read").expect("asked for");
+    assert_eq!(house.ask().await.expect("it may be read"), Some(asked), "asked for once");
+    house.until_read().await;
+    finish(writing).await;
+    capture.drain(&house.database).await;
+    let (rows, again) = read_along(&house.broker.read("public.payments"));
+    assert_eq!(rows, held(&house.database).await);
+    assert!((1..=UNTOUCHED - 3).all(|id| again.get(&id) == Some(&1)), "every row that nobody changed is read once");
+    capture.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_is_read_on_where_a_killed_capture_left_it() {
+    let mut house = House::new("reread_killed").await;
+    let capture = house.start();
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    house.ask().await.expect("it may be read");
+    capture.until("some chunks", |it| it.incremental_snapshot.as_ref().is_some_and(|it| it.rows > 0)).await;
+    capture.kill().await;
+    let left = house.waiting().await.pop().expect("it is not finished");
+    assert!(left.rows > 0, "{left:?}");
+
+    let capture = house.start();
+    house.until_read().await;
+    capture.drain(&house.database).await;
+    let (rows, again) = read_along(&house.broker.read("public.payments"));
+    assert_eq!(rows, held(&house.database).await);
+    assert!((1..=ROWS).all(|id| again.contains_key(&id)), "every row");
+    assert_eq!(again[&1], 1, "the first chunk is not read twice");
+    capture.stop().await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_again_is_refused_with_the_remedy() {
+    let house = House::new("reread_refused").await;
+    house.database.run("create table notes (text text);").await;
+    let ask = async |table: &str| cdc::resnapshot(&house.database.url, &house.database.url, &house.config, table, true).await;
+    for (table, told) in [("public.nothing", "does not exist"), ("public.notes", "no primary key"), ("public.payments", "publication")] {
+        let error = ask(table).await.expect_err("it cannot");
+        assert!(error.to_string().contains(told) && matches!(error.fault(), Fault::Operator(_)), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_table_with_rows_from_before_is_captured_after_it_was_read() {
+    let mut house = House::new("reread_joins").await;
+    let capture = house.start();
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    house.database.run("create table fees (id bigint primary key, amount text); insert into fees values (1, '1.00');").await;
+    capture.until("left out", |it| it.uncaptured == ["public.fees"]).await;
+    cdc::resnapshot(&house.database.url, &house.database.url, &house.config, "public.fees", false).await.expect("it may be read");
+    house.until_read().await;
+    house.database.run("insert into fees values (2, '2.00');").await;
+    capture.drain(&house.database).await;
+    assert_eq!(read_along(&house.broker.read("public.fees")).0.len(), 2);
+    capture.until("captured", |it| it.uncaptured.is_empty()).await;
+    capture.stop().await;
+}
