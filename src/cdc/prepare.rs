@@ -110,6 +110,13 @@ pub async fn apply(
     dry_run: bool,
 ) -> Result<Applied, Error> {
     let source = Source::new(source)?;
+    let registrar = match config.engine {
+        Engine::Native => None,
+        Engine::Debezium => Some(Registrar::new(&source, config)?),
+    };
+    if let Some(registrar) = &registrar {
+        registrar.require_plugin().await?;
+    }
     let mut connection = source.connect().await?;
     catalog::check_server(&mut connection).await?;
     let wanted = catalog::wanted_tables(&mut connection, config).await?;
@@ -120,12 +127,8 @@ pub async fn apply(
         Engine::Native => Some(slot::decide(&config.slot, &source.database, found.as_ref(), progress.as_ref())?),
         Engine::Debezium => None,
     };
-    let registrar = match config.engine {
-        Engine::Native => None,
-        Engine::Debezium => Some(Registrar::new(&source, config)?),
-    };
     let registered = match &registrar {
-        Some(registrar) => Some(registrar.look(&mut connection, progress.as_ref()).await?),
+        Some(registrar) => Some(registrar.look(found.clone(), progress.as_ref()).await?),
         None => None,
     };
     let resuming = match &registered {

@@ -31,6 +31,9 @@ LAST_WORDS_SECONDS = 10.0
 # An interruption is lost where Python may not raise, in a destructor for one. dbt is told again if it has not ended by then.
 TELL_AGAIN_SECONDS = 4.0
 
+# Who is started in the background of a script inherits that interruptions are ignored, and Python then leaves it so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # The channel is ours alone: whatever prints to stdout from here on prints to stderr.
 channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)

@@ -513,7 +513,10 @@ async fn the_worker_ends_with_its_queries_when_nobody_listens_any_more() {
     let (mut warehouse, work_dir, project) = (Warehouse::create("orphan").await, tempfile::tempdir().unwrap(), copy_of_project());
     with_endless_model(project.path());
     let address = url::Url::parse(warehouse.database.url.reveal()).unwrap();
-    let mut orphan = tokio::process::Command::new(python())
+    // As in the background of a script, where interruptions are ignored.
+    let mut orphan = tokio::process::Command::new("sh")
+        .args(["-c", "trap '' INT; exec \"$0\" \"$@\""])
+        .arg(python())
         .args(["-I", concat!(env!("CARGO_MANIFEST_DIR"), "/src/dbt/worker.py")])
         .arg(project.path())
         .arg(work_dir.path())

@@ -57,12 +57,14 @@ pub(super) struct Reading {
 impl Capture {
     pub(super) async fn open(&mut self, control: &Control<Stats>) -> Result<Open, Error> {
         let registrar = Registrar { rest: self.rest.clone(), source: &self.source, config: &self.config };
+        registrar.require_plugin().await?;
         let mut connection = self.source.connect().await?;
         catalog::check_server(&mut connection).await?;
         let mut store = Store::open(&self.state, &self.config.topic_prefix).await?;
         let wanted = catalog::wanted_tables(&mut connection, &self.config).await?;
         let progress = store.read().await?;
-        let found = registrar.look(&mut connection, progress.as_ref()).await?;
+        let slot = slot::find(&mut connection, &self.config.slot).await?;
+        let found = registrar.look(slot, progress.as_ref()).await?;
         let start = found.start;
         if start != Start::Resume && self.takes_snapshot() {
             // Debezium would try for ever, and Connect call that RUNNING.

@@ -55,15 +55,19 @@ impl<'a> Registrar<'a> {
         connector_name(self.config)
     }
 
-    /// Looks at connector and slot, and refuses what a start would.
-    pub(in crate::cdc) async fn look(&self, connection: &mut PgConnection, progress: Option<&Progress>) -> Result<Found, Error> {
+    /// Refuses a Kafka Connect that could not run the connector, before anything else is asked.
+    pub(in crate::cdc) async fn require_plugin(&self) -> Result<(), Error> {
         let version = settings::require_plugin(&self.rest).await?;
         tracing::debug!(version, "Kafka Connect has the connector's plugin");
+        Ok(())
+    }
+
+    /// Looks at the connector beside its slot, and refuses what a start would.
+    pub(in crate::cdc) async fn look(&self, slot: Option<Slot>, progress: Option<&Progress>) -> Result<Found, Error> {
         let registered = self.rest.settings(self.name()).await?;
         if let Some(registered) = &registered {
             settings::require_ours(self.config, self.source, registered)?;
         }
-        let slot = slot::find(connection, &self.config.slot).await?;
         let start = self.decide(registered.as_ref(), slot.as_ref(), progress)?;
         Ok(Found { start, slot, registered })
     }
@@ -96,15 +100,18 @@ impl<'a> Registrar<'a> {
 
     /// What [`Self::register`] would do. Kafka Connect is asked whether it would take the settings.
     pub(in crate::cdc) async fn rehearse(&self, found: &Found, tables: &BTreeSet<TableId>) -> Result<ConnectorStep, Error> {
-        let wanted = settings::wanted(self.config, self.source, tables)?;
+        self.judge(found, &settings::wanted(self.config, self.source, tables)?).await
+    }
+
+    async fn judge(&self, found: &Found, wanted: &Settings) -> Result<ConnectorStep, Error> {
         let step = match &found.registered {
             None => ConnectorStep::Registered,
-            Some(registered) => match settings::differences(registered, &wanted) {
+            Some(registered) => match settings::differences(registered, wanted) {
                 differing if differing.is_empty() => return Ok(ConnectorStep::Kept),
                 settings => ConnectorStep::Updated { settings },
             },
         };
-        self.rest.validate(self.name(), &wanted).await?;
+        self.rest.validate(self.name(), wanted).await?;
         Ok(step)
     }
 
@@ -116,19 +123,20 @@ impl<'a> Registrar<'a> {
         found: &Found,
         tables: &BTreeSet<TableId>,
     ) -> Result<ConnectorStep, Error> {
-        let step = self.rehearse(found, tables).await?;
+        let wanted = settings::wanted(self.config, self.source, tables)?;
+        let step = self.judge(found, &wanted).await?;
         match &step {
             ConnectorStep::Kept => {}
             ConnectorStep::Updated { settings } => {
-                self.rest.update(self.name(), &settings::wanted(self.config, self.source, tables)?).await?;
+                self.rest.update(self.name(), &wanted).await?;
                 tracing::info!(connector = self.name(), settings = settings.join(", "), "the connector's settings were brought up to date");
             }
-            ConnectorStep::Registered => self.create(connection, store, found, tables).await?,
+            ConnectorStep::Registered => self.create(connection, store, found, &wanted).await?,
         }
         Ok(step)
     }
 
-    async fn create(&self, connection: &mut PgConnection, store: &mut Store, found: &Found, tables: &BTreeSet<TableId>) -> Result<(), Error> {
+    async fn create(&self, connection: &mut PgConnection, store: &mut Store, found: &Found, wanted: &Settings) -> Result<(), Error> {
         if found.start == Start::Fresh {
             if found.slot.is_some() {
                 tracing::warn!(slot = self.config.slot, "the snapshot was cut short, starting over");
@@ -136,7 +144,7 @@ impl<'a> Registrar<'a> {
             }
             store.begin(&self.config.slot).await?;
         }
-        self.rest.create_stopped(self.name(), &settings::wanted(self.config, self.source, tables)?).await?;
+        self.rest.create_stopped(self.name(), wanted).await?;
         if found.start == Start::Fresh {
             // A connector of this name may have lived before; its offsets speak of a slot that is gone.
             stand_still(&self.rest, self.name()).await?;

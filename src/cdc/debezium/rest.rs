@@ -1,7 +1,7 @@
 //! Kafka Connect's REST, as far as one connector needs it. Every call is bounded in time, and no answer is trusted with more than
 //! one line of an error text.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, StatusCode, header};
@@ -20,6 +20,10 @@ use crate::{cdc::error::Error, fault::chain, secret::Secret};
 
 /// Validation connects to the source; everything else is quick.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
+/// What Connect says while its workers share out their work, and how long that is waited for; it takes seconds.
+const REBALANCE: &[u8] = b"rebalance";
+const REBALANCE_MAX: Duration = Duration::from_secs(20);
+const REBALANCE_POLL: Duration = Duration::from_millis(300);
 /// The validation of a connector is some 200 kB.
 const ANSWER_BYTES_MAX: usize = 8 << 20;
 /// What of a foreign error text is repeated.
@@ -228,7 +232,20 @@ impl Rest {
         line.chars().take(TOLD_CHARS_MAX).collect()
     }
 
+    /// Asks again while the workers share out their work: Connect then refuses without having done anything.
     async fn ask(&self, method: Method, path: &str, body: Option<&Value>) -> Result<(StatusCode, Bytes), Error> {
+        let deadline = Instant::now() + REBALANCE_MAX;
+        loop {
+            let (status, answer) = self.ask_once(method.clone(), path, body).await?;
+            let refused_meanwhile = !status.is_success() && answer.windows(REBALANCE.len()).any(|it| it == REBALANCE);
+            if !refused_meanwhile || Instant::now() >= deadline {
+                return Ok((status, answer));
+            }
+            tokio::time::sleep(REBALANCE_POLL).await;
+        }
+    }
+
+    async fn ask_once(&self, method: Method, path: &str, body: Option<&Value>) -> Result<(StatusCode, Bytes), Error> {
         let away = |reason: String| Error::ConnectAway { address: self.address().to_owned(), reason };
         let address = self.base.join(path).map_err(|error| Error::ConnectAddress { reason: error.to_string() })?;
         let mut request = Request::builder().method(method).uri(address.as_str()).header(header::ACCEPT, "application/json");
