@@ -1,9 +1,9 @@
 //! Our messages beside those of the real Debezium, byte by byte, case by case.
 
-use ledgerline::cdc::{Config, SkippedOperations};
+use ledgerline::cdc::{self, Config, SkippedOperations};
 use serde::Deserialize;
 
-use super::house::{Broker, Capture, Database, Read, config, masked};
+use super::house::{Broker, Capture, Database, PATIENCE, Read, config, masked};
 
 const PREFIX: &str = "g_txmeta";
 
@@ -112,7 +112,7 @@ fn expected_of(case: &str) -> Vec<Expected> {
     let mut messages = golden(case);
     match &case[..2] {
         // The golden connector turned the NULL into the column's default; ours does not (case 97 shows it).
-        "21" => messages.iter_mut().filter_map(|it| it.value.as_mut()).for_each(|value| *value = value.replace("\"c_def\":42", "\"c_def\":null")),
+        "21" | "96" => without_the_default(&mut messages),
         "42" => without_a_key_of_zeros(&mut messages),
         "71" => return of_the_large_transaction(case, &messages),
         // Captured with another prefix, and without transaction metadata.
@@ -123,6 +123,12 @@ fn expected_of(case: &str) -> Vec<Expected> {
         _ => {}
     }
     messages.iter().map(|it| Expected::new(case, it)).collect()
+}
+
+/// Of the row of nulls: others hold 42 themselves.
+fn without_the_default(messages: &mut [Golden]) {
+    let nulls = messages.iter_mut().filter_map(|it| it.value.as_mut()).filter(|it| it.contains("\"after\":{\"id\":2,\"c_smallint\":null,"));
+    nulls.for_each(|value| *value = value.replace("\"c_def\":42", "\"c_def\":null"));
 }
 
 /// Under REPLICA IDENTITY USING INDEX the stream does not tell the old key. Debezium then makes one of zeros, another row's: an update
@@ -194,11 +200,29 @@ async fn every_message_equals_debeziums() {
             continue;
         }
         database.run(&script(&case)).await;
+        if case.starts_with("70") {
+            read_again(&capture, &database, &settings, &["public.accounts", "public.evolve"]).await;
+        }
         expected.extend(expected_of(&case));
     }
     capture.drain(&database).await;
     assert_same(&mut broker, PREFIX, &expected);
     capture.stop().await;
+}
+
+/// Tables of a few rows, read again as Debezium does it for a signal.
+async fn read_again(capture: &Capture, database: &Database, settings: &Config, tables: &[&str]) {
+    // What was written before comes before.
+    capture.drain(database).await;
+    for table in tables {
+        cdc::resnapshot(&database.url, &database.url, settings, table, false).await.expect("it may be read");
+    }
+    let read = async {
+        while !cdc::standing(&database.url, &database.url, settings).await.expect("the source answers").incremental_snapshots.is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, read).await.expect("they are read");
 }
 
 /// A second capture reads all that the cases before left behind.

@@ -36,7 +36,7 @@ impl House {
         let database = Database::create(test).await;
         database.run(PAYMENTS).await;
         database.run(&format!("insert into payments select id, 1.00, repeat('x', 50) from generate_series(1, {ROWS}) id;")).await;
-        let broker = Broker::start(&database, &["public.payments"], 1);
+        let broker = Broker::start(&database, &["public.payments", "public.fees"], 1);
         let config = config(&database);
         Self { database, broker, config }
     }
@@ -141,7 +141,7 @@ async fn a_table_is_read_on_where_a_killed_capture_left_it() {
 #[tokio::test]
 async fn what_cannot_be_read_again_is_refused_with_the_remedy() {
     let house = House::new("reread_refused").await;
-    house.database.run("create table notes (text text);").await;
+    house.database.run("create table public.notes (text text);").await;
     let ask = async |table: &str| cdc::resnapshot(&house.database.url, &house.database.url, &house.config, table, true).await;
     for (table, told) in [("public.nothing", "does not exist"), ("public.notes", "no primary key"), ("public.payments", "publication")] {
         let error = ask(table).await.expect_err("it cannot");
@@ -154,11 +154,11 @@ async fn a_table_with_rows_from_before_is_captured_after_it_was_read() {
     let mut house = House::new("reread_joins").await;
     let capture = house.start();
     capture.until("streaming", |it| it.step == Step::Streaming).await;
-    house.database.run("create table fees (id bigint primary key, amount text); insert into fees values (1, '1.00');").await;
+    house.database.run("create table public.fees (id bigint primary key, amount text); insert into public.fees values (1, '1.00');").await;
     capture.until("left out", |it| it.uncaptured == ["public.fees"]).await;
     cdc::resnapshot(&house.database.url, &house.database.url, &house.config, "public.fees", false).await.expect("it may be read");
     house.until_read().await;
-    house.database.run("insert into fees values (2, '2.00');").await;
+    house.database.run("insert into public.fees values (2, '2.00');").await;
     capture.drain(&house.database).await;
     assert_eq!(read_along(&house.broker.read("public.fees")).0.len(), 2);
     capture.until("captured", |it| it.uncaptured.is_empty()).await;
