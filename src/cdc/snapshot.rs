@@ -16,7 +16,7 @@ use super::{
     error::Error,
     sending::{micros, millis},
     source::{Source, quoted},
-    stats::SnapshotProgress,
+    stats::{SnapshotProgress, seconds_left},
 };
 use crate::{
     change::{Lsn, TableId, Topics},
@@ -60,6 +60,7 @@ pub(super) async fn take(
         rows_estimated: catalog::estimate(&mut connection, plan.tables).await?,
         ..Default::default()
     };
+    let began = Instant::now();
     let at_us = micros(SystemTime::now());
     // The low half, as the WAL has it.
     let xid = u32::try_from(xid & i64::from(u32::MAX)).ok();
@@ -73,13 +74,14 @@ pub(super) async fn take(
         let rows_before = progress.rows;
         let counted = |rows| {
             progress.rows = rows_before + rows;
+            progress.seconds_left = seconds_left(began.elapsed(), progress.rows, progress.rows_estimated.saturating_sub(progress.rows));
             tell(&progress, &id.to_string(), rows);
         };
         reader.read_table(&mut connection, Arc::new(table), place == 0, counted).await?;
         progress.tables_done += 1;
     }
     reader.finish().await?;
-    progress.table = None;
+    (progress.table, progress.seconds_left) = (None, None);
     tell(&progress, "", 0);
     sqlx::raw_sql("commit").execute(&mut connection).await.map_err(sql)?;
     Ok(())

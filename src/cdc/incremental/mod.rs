@@ -25,7 +25,7 @@ use super::{
     error::Error,
     pgoutput::Value,
     source::{Source, quoted},
-    stats::IncrementalSnapshot,
+    stats::{IncrementalSnapshot, seconds_left},
 };
 use crate::{
     change::{TableId, Topics},
@@ -232,13 +232,15 @@ impl Reader {
             return Err(Trouble::Refused(format!("{} is not among cdc.tables any more", request.table)));
         };
         let mut after = request.after_key.clone();
-        let mut progress =
-            IncrementalSnapshot { table: request.table.clone(), rows: request.rows, rows_estimated: catalog::estimate(&mut connection, [&id]).await? };
+        let rows_estimated = catalog::estimate(&mut connection, [&id]).await?;
+        let mut progress = IncrementalSnapshot { table: request.table.clone(), rows: request.rows, rows_estimated, seconds_left: None };
+        let began = Instant::now();
         tracing::info!(table = request.table, rows = request.rows, "reading the table again while the stream goes on");
         loop {
             self.told.send_replace(Some(progress.clone()));
             let read = self.read_chunk(&mut connection, &id, after.as_deref()).await?;
             progress.rows += u64::try_from(read.rows).unwrap_or(0);
+            progress.seconds_left = seconds_left(began.elapsed(), progress.rows - request.rows, rows_estimated.saturating_sub(progress.rows));
             if !read.goes_on {
                 break;
             }

@@ -31,6 +31,8 @@ use super::{
 
 /// An authority, as the file that names it, and what it has signed for some names.
 fn certified(names: &[&str]) -> (NamedTempFile, Arc<ServerConfig>) {
+    // As the program does first of all.
+    let _ = aws_lc_rs::default_provider().install_default();
     let mut parameters = CertificateParams::new(Vec::new()).expect("no names");
     parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let key = KeyPair::generate().expect("a key");
