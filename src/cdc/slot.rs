@@ -244,7 +244,7 @@ mod tests {
     }
 
     fn progress(finished: bool) -> Progress {
-        Progress { slot: "ledgerline".into(), lsn: Some(Lsn(100)), finished_at: finished.then(chrono::Utc::now), ends: Vec::new() }
+        Progress { slot: "ledgerline".into(), lsn: Some(Lsn(100)), finished_at: finished.then(chrono::Utc::now), ends: Vec::new(), tables_read: Vec::new() }
     }
 
     fn decided(slot: Option<&Slot>, progress: Option<&Progress>) -> Result<Start, Error> {

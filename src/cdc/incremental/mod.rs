@@ -8,6 +8,7 @@
 mod requests;
 
 use std::{
+    collections::BTreeSet,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -24,6 +25,7 @@ use super::{
     envelope::Table,
     error::Error,
     pgoutput::Value,
+    progress::{LaneEnd, Store},
     source::{Source, quoted},
     stats::{IncrementalSnapshot, seconds_left},
 };
@@ -31,6 +33,7 @@ use crate::{
     change::{TableId, Topics},
     fault::{Backoff, chain},
     secret::Secret,
+    stream::topics,
 };
 
 /// The prefix of the marks. They reach no topic.
@@ -134,6 +137,15 @@ pub(super) struct Setup {
     pub(super) source: Source,
     pub(super) state: Secret,
     pub(super) config: Config,
+    /// The snapshot that was cut short, where the requests are what is left of it.
+    pub(super) finishing: Option<Finishing>,
+}
+
+/// What it takes to end the snapshot once all its tables are read.
+pub(super) struct Finishing {
+    pub(super) asking: topics::Topics,
+    /// Of all captured tables.
+    pub(super) topics: BTreeSet<String>,
 }
 
 /// A reader and the stream's end of it. The reader works until the other end is gone.
@@ -145,6 +157,18 @@ pub(super) fn reader(setup: Setup, told: watch::Sender<Option<IncrementalSnapsho
     let mut reader = Reader { setup, topics, run, chunk: 0, rows_max: ROWS_FIRST, chunks: chunks_in, settled: settled_out, told };
     let work = async move { reader.work().await };
     (Line { run, chunks, settled }, work)
+}
+
+impl Finishing {
+    async fn finish(&self, setup: &Setup) -> Result<(), Error> {
+        let lanes = self.asking.watermarks(self.topics.clone()).await?;
+        let ends: Vec<LaneEnd> = lanes.into_iter().map(LaneEnd::from).collect();
+        let mut store = Store::open(&setup.state, &setup.config.topic_prefix).await?;
+        store.finish(&ends).await?;
+        store.close().await;
+        tracing::info!("the snapshot that was cut short is whole");
+        Ok(())
+    }
 }
 
 struct Reader {
@@ -192,6 +216,8 @@ impl Reader {
                 }
                 Err(Trouble::Gone(Gone)) => return,
                 Err(Trouble::Refused(reason)) => {
+                    // A snapshot without that table is not whole; the next start looks at it again.
+                    self.setup.finishing = None;
                     tracing::error!(reason, "the incremental snapshot was given up");
                     INTERVAL
                 }
@@ -222,6 +248,10 @@ impl Reader {
             }
         }
         requests.close().await;
+        if let Some(finishing) = &self.setup.finishing {
+            finishing.finish(&self.setup).await?;
+            self.setup.finishing = None;
+        }
         Ok(())
     }
 
@@ -248,6 +278,11 @@ impl Reader {
                 requests.note(request.id, &key, progress.rows).await?;
                 after = Some(key);
             }
+        }
+        if self.setup.finishing.is_some() {
+            let mut store = Store::open(&self.setup.state, &self.setup.config.topic_prefix).await?;
+            store.note_read(std::slice::from_ref(&request.table)).await?;
+            store.close().await;
         }
         requests.finish(request.id, progress.rows).await?;
         tracing::info!(table = request.table, rows = progress.rows, "the table was read again");

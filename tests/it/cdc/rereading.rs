@@ -164,3 +164,50 @@ async fn a_table_with_rows_from_before_is_captured_after_it_was_read() {
     capture.until("captured", |it| it.uncaptured.is_empty()).await;
     capture.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_was_cut_short_goes_on_without_losing_the_streams_place() {
+    let database = Database::create("goes_on").await;
+    database
+        .run("create table public.fees (id bigint primary key, amount text); insert into public.fees select id, '1.00' from generate_series(1, 100) id;")
+        .await;
+    database.run(PAYMENTS).await;
+    database.run(&format!("insert into payments select id, 1.00, repeat('x', 50) from generate_series(1, {ROWS}) id;")).await;
+    let mut broker = Broker::in_memory(&database, &["public.fees", "public.payments"], 1);
+    let first = Capture::start(&database, broker.address(), config(&database));
+    // The broker takes long for each answer: once it has the fees, the payments are still on their way.
+    broker.mock().broker_round_trip_time(1, std::time::Duration::from_secs(2)).expect("slow");
+    first.until("reading", |it| it.snapshot.as_ref().is_some_and(|it| it.tables_done == 1)).await;
+    let mut state = database.connect().await;
+    let read = async {
+        while sqlx::query_scalar::<_, i64>("select cardinality(tables_read)::bigint from ledgerline.cdc_snapshot").fetch_one(&mut state).await.expect("a row")
+            == 0
+        {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(super::house::PATIENCE, read).await.expect("the fees are read");
+    first.kill().await;
+    assert_eq!(cdc::snapshot_ends(&database.url, &database.name).await.expect("the state"), None);
+    let began: i64 = sqlx::query_scalar("select lsn from ledgerline.cdc_snapshot").fetch_one(&mut state).await.expect("where the slot began");
+    broker.mock().broker_round_trip_time(1, std::time::Duration::ZERO).expect("fast");
+    database.run("update payments set amount = 2 where id = 5; delete from payments where id = 6; update public.fees set amount = '3.00' where id = 1;").await;
+
+    let second = Capture::start(&database, broker.address(), config(&database));
+    let whole = async {
+        loop {
+            match cdc::snapshot_ends(&database.url, &database.name).await.expect("the state") {
+                Some(ends) => return ends,
+                None => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
+            }
+        }
+    };
+    let ends = tokio::time::timeout(super::house::PATIENCE, whole).await.expect("it comes to its end");
+    assert_eq!(i64::try_from(ends.lsn.0), Ok(began), "the same slot");
+    second.drain(&database).await;
+    second.stop().await;
+    assert_eq!(read_along(&broker.read("public.payments")).0, held(&database).await);
+    let (fees, again) = read_along(&broker.read("public.fees"));
+    assert_eq!((fees.len(), fees[&1].as_str(), again.len()), (100, "3.00", 0), "what was read is not read again");
+    assert!(ends.ends.iter().any(|it| it.topic.ends_with("payments") && it.end_offset >= ROWS), "{ends:?}");
+}
