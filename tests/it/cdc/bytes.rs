@@ -40,6 +40,8 @@ fn expected(message: &Golden) -> Comparable {
             .replace("\"c_date\":-2147472692", "\"c_date\":2147483647")
             .replace("\"c_date\":-622191234", "\"c_date\":2147483647")
             .replace("\"c_date\":-625821272", "\"c_date\":-2147483648")
+            .replace("\"c_date\":-703383", "\"c_date\":-735160")
+            .replace("\"c_date\":-141422", "\"c_date\":-141432")
             .replace("\"c_date\":-2147472691", "\"c_date\":-2147483648")
             .replace("\"c_numeric\":\"NAN\"", "\"c_numeric\":\"NaN\"")
             .replace("\"c_numeric\":\"POSITIVE_INFINITY\"", "\"c_numeric\":\"Infinity\"")
@@ -202,12 +204,13 @@ async fn every_message_equals_debeziums() {
         if case.starts_with("96") {
             capture.drain(&database).await;
             assert_same(&mut broker, PREFIX, &std::mem::take(&mut expected));
-            // Of the large transaction five rows were left by then.
+            // What was done before it and is no case: a value brought back, and five rows left of the large transaction.
             database.run("insert into trunc_me select id, 'row ' || id from generate_series(1, 5) id;").await;
+            database.run("insert into toast_default values (1, repeat('0123456789', 10), '{1,2}', 1);").await;
             snapshots_read_as_debeziums(&database, &tables, &case, &settings).await;
-            database.run("truncate trunc_me;").await;
+            database.run("truncate trunc_me, toast_default;").await;
             capture.drain(&database).await;
-            for topic in ["public.trunc_me", "transaction"] {
+            for topic in ["public.trunc_me", "public.toast_default", "transaction"] {
                 broker.read_on(topic);
             }
             continue;

@@ -150,6 +150,28 @@ async fn what_cannot_be_read_again_is_refused_with_the_remedy() {
 }
 
 #[tokio::test]
+async fn a_table_that_cannot_be_read_any_more_is_given_up_and_told() {
+    let house = House::new("reread_given_up").await;
+    let capture = house.start();
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    capture.stop().await;
+    house.ask().await.expect("it may be read");
+    house.database.run("alter table payments drop constraint payments_pkey;").await;
+    let capture = house.start();
+    let given_up = async {
+        loop {
+            match house.waiting().await.pop().expect("it is told").failure {
+                Some(why) => return why,
+                None => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
+            }
+        }
+    };
+    let why = tokio::time::timeout(super::house::PATIENCE, given_up).await.expect("it is given up");
+    assert!(why.contains("no primary key"), "{why}");
+    capture.stop().await;
+}
+
+#[tokio::test]
 async fn a_table_with_rows_from_before_is_captured_after_it_was_read() {
     let mut house = House::new("reread_joins").await;
     let capture = house.start();
@@ -174,10 +196,11 @@ async fn a_snapshot_that_was_cut_short_goes_on_without_losing_the_streams_place(
     database.run(PAYMENTS).await;
     database.run(&format!("insert into payments select id, 1.00, repeat('x', 50) from generate_series(1, {ROWS}) id;")).await;
     let mut broker = Broker::in_memory(&database, &["public.fees", "public.payments"], 1);
-    let first = Capture::start(&database, broker.address(), config(&database));
     // The broker takes long for each answer: once it has the fees, the payments are still on their way.
-    broker.mock().broker_round_trip_time(1, std::time::Duration::from_secs(2)).expect("slow");
+    broker.mock().broker_round_trip_time(1, std::time::Duration::from_millis(300)).expect("slow");
+    let first = Capture::start(&database, broker.address(), config(&database));
     first.until("reading", |it| it.snapshot.as_ref().is_some_and(|it| it.tables_done == 1)).await;
+    broker.mock().broker_round_trip_time(1, std::time::Duration::from_secs(3)).expect("slower");
     let mut state = database.connect().await;
     let read = async {
         while sqlx::query_scalar::<_, i64>("select cardinality(tables_read)::bigint from ledgerline.cdc_snapshot").fetch_one(&mut state).await.expect("a row")
