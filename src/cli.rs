@@ -151,6 +151,8 @@ pub enum CdcCommand {
     Status(Output),
     /// Bring publication, topics, and slot or connector to what the configuration says, without starting to stream
     Apply(Apply),
+    /// Read a table again while the stream goes on: its rows arrive as read events, none hides a newer change
+    Resnapshot(Resnapshot),
     /// Drop the replication slot and the publication, so that the source keeps no WAL for us any more
     Remove(Remove),
 }
@@ -158,6 +160,17 @@ pub enum CdcCommand {
 #[derive(Debug, Args)]
 pub struct Apply {
     /// Say what would be made, make nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub struct Resnapshot {
+    /// As schema.table
+    pub table: String,
+    /// Say whether it can be read, ask for nothing
     #[arg(long)]
     pub dry_run: bool,
     #[command(flatten)]

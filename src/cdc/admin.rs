@@ -6,8 +6,9 @@ use serde::Serialize;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
 use super::{
-    Config, Engine, debezium,
+    Config, Engine, catalog, debezium,
     error::Error,
+    incremental::{Request, Requests},
     progress::{Progress, Store},
     slot::{self, Slot},
     source::{self, Source, quoted},
@@ -37,6 +38,8 @@ pub struct Standing {
     /// WAL the capture has not confirmed.
     pub lag_bytes: Option<u64>,
     pub snapshot: SnapshotState,
+    /// Tables that wait to be read again, are being read, or were given up.
+    pub incremental_snapshots: Vec<Request>,
 }
 
 /// How far the reading of the rows from before came.
@@ -129,6 +132,10 @@ pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Resul
     let publication_exists = publication_exists(&mut connection, &config.publication).await?;
     let _ = connection.close().await;
     let progress = Store::look(state, &config.topic_prefix).await?;
+    let incremental_snapshots = match Requests::look(state, &config.topic_prefix).await? {
+        Some(mut requests) => requests.told().await?,
+        None => Vec::new(),
+    };
     let (connector, connect_trouble) = match config.engine {
         Engine::Native => (None, None),
         Engine::Debezium => debezium::admin::look(&source, config).await,
@@ -146,7 +153,36 @@ pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Resul
         health: found.map(|it| it.health),
         source_lsn,
         snapshot: snapshot_state(progress.as_ref()),
+        incremental_snapshots,
     })
+}
+
+/// Asks for a table to be read again while the stream goes on; the capture begins with it within seconds, or when it next runs.
+///
+/// A table that was left out because it had rows from before joins the publication here. None with `dry_run`.
+pub async fn resnapshot(source: &Secret, state: &Secret, config: &Config, table: &str, dry_run: bool) -> Result<Option<Request>, Error> {
+    if config.engine == Engine::Debezium {
+        return Err(Error::EngineCannot);
+    }
+    let mut connection = Source::new(source)?.connect().await?;
+    let wanted = catalog::wanted_tables(&mut connection, config).await?;
+    let id = wanted.into_iter().find(|it| it.to_string() == table).ok_or_else(|| Error::NoSuchTable { table: table.to_owned() })?;
+    if catalog::primary_key(&mut connection, &id).await?.1.is_empty() {
+        return Err(Error::NoKey { table: table.to_owned() });
+    }
+    let published = catalog::published(&mut connection, &config.publication).await?;
+    let published = published.ok_or_else(|| Error::PublicationMissing { publication: config.publication.clone() })?;
+    if dry_run {
+        return Ok(None);
+    }
+    if !published.contains(&id) {
+        catalog::publish(&mut connection, &config.publication, &id, false).await?;
+    }
+    let _ = connection.close().await;
+    let mut requests = Requests::open(state, &config.topic_prefix).await?;
+    let request = requests.ask(table).await?;
+    requests.close().await;
+    Ok(Some(request))
 }
 
 /// Whether the source keeps changes for the capture from now on.

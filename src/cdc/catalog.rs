@@ -34,9 +34,10 @@ pub(super) async fn check_server(connection: &mut PgConnection) -> Result<(), Er
 
 /// The tables that `cdc.tables` names, by schema and name in byte order, as Debezium snapshots them.
 pub(super) async fn wanted_tables(connection: &mut PgConnection, config: &Config) -> Result<BTreeSet<TableId>, Error> {
-    // Partitions are captured one by one, their root holds no rows of its own. Our own state is never captured.
+    // A partitioned table has no changes of its own, those are its partitions'; its snapshot is read as Debezium reads it.
+    // Our own state is never captured.
     const TABLES: &str = "select n.nspname, c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace
-        where c.relkind = 'r' and c.relpersistence = 'p' and n.nspname not in ('pg_catalog', 'information_schema', 'ledgerline')";
+        where c.relkind in ('r', 'p') and c.relpersistence = 'p' and n.nspname not in ('pg_catalog', 'information_schema', 'ledgerline')";
     let sql = |source| Error::Sql { what: "list the source's tables", source };
     let all: Vec<(String, String)> = sqlx::query_as(TABLES).fetch_all(connection).await.map_err(sql)?;
     let all: BTreeSet<TableId> = all.into_iter().map(|(schema, table)| TableId { schema, table }).collect();
@@ -47,9 +48,15 @@ fn choose(all: &BTreeSet<TableId>, tables: &[String], exclude: &[String]) -> Res
     if let Some(missing) = tables.iter().find(|it| !it.contains('*') && !all.iter().any(|table| table.to_string() == **it)) {
         return Err(Error::NoSuchTable { table: missing.clone() });
     }
-    let named = |patterns: &[String], name: &str| patterns.iter().any(|pattern| matches(pattern, name));
-    let chosen: BTreeSet<TableId> = all.iter().filter(|it| named(tables, &it.to_string()) && !named(exclude, &it.to_string())).cloned().collect();
+    let chosen: BTreeSet<TableId> = all.iter().filter(|it| is_wanted(tables, exclude, it)).cloned().collect();
     if chosen.is_empty() { Err(Error::NoTables) } else { Ok(chosen) }
+}
+
+/// Whether `cdc.tables` and `cdc.tables_exclude` name the table.
+pub(super) fn is_wanted(tables: &[String], exclude: &[String], table: &TableId) -> bool {
+    let name = table.to_string();
+    let named = |patterns: &[String]| patterns.iter().any(|pattern| matches(pattern, &name));
+    named(tables) && !named(exclude)
 }
 
 /// Whether `*` in the pattern, standing for any text, makes it the name.
@@ -74,11 +81,14 @@ pub(super) async fn published(connection: &mut PgConnection, publication: &str) 
     if !found.try_get::<bool, _>(0).map_err(sql)? {
         return Err(Error::PublicationPartial { publication: publication.to_owned() });
     }
-    let tables: Vec<(String, String)> = sqlx::query_as("select schemaname::text, tablename::text from pg_publication_tables where pubname = $1")
-        .bind(publication)
-        .fetch_all(connection)
-        .await
-        .map_err(sql)?;
+    // A published partitioned table is shown as its partitions.
+    const TABLES: &str = "select schemaname::text, tablename::text from pg_publication_tables where pubname = $1
+        union select n.nspname::text, c.relname::text
+        from pg_publication p join pg_class c on c.relkind = 'p' join pg_namespace n on n.oid = c.relnamespace
+        where p.pubname = $1 and (p.puballtables
+            or exists (select from pg_publication_rel r where r.prpubid = p.oid and r.prrelid = c.oid)
+            or exists (select from pg_publication_namespace s where s.pnpubid = p.oid and s.pnnspid = n.oid))";
+    let tables: Vec<(String, String)> = sqlx::query_as(TABLES).bind(publication).fetch_all(connection).await.map_err(sql)?;
     Ok(Some(tables.into_iter().map(|(schema, table)| TableId { schema, table }).collect()))
 }
 
@@ -124,6 +134,14 @@ pub(super) async fn has_rows(connection: &mut PgConnection, table: &TableId) -> 
     found.map_err(|source| Error::Sql { what: "look for rows of a table", source })
 }
 
+/// What a table's rows are selected from: its own alone, not its heirs'; a partitioned table has none, so its partitions'.
+pub(super) async fn rows_of(connection: &mut PgConnection, table: &TableId) -> Result<String, Error> {
+    let name = full_name(table);
+    let asked = sqlx::query_scalar("select relkind = 'p' from pg_class where oid = $1::regclass").bind(&name).fetch_one(connection).await;
+    let is_partitioned: bool = asked.map_err(|source| Error::Sql { what: "describe a table", source })?;
+    Ok(if is_partitioned { name } else { format!("only {name}") })
+}
+
 pub(super) fn full_name(table: &TableId) -> String {
     format!("{}.{}", quoted(&table.schema), quoted(&table.table))
 }
@@ -148,6 +166,36 @@ pub(super) async fn describe(connection: &mut PgConnection, id: &TableId, topics
         specs.push(ColumnSpec { name: column.name, kind, not_null: column.not_null, key_place: column.key_place });
     }
     Ok(Table::new(id.clone(), topics.table(id), specs))
+}
+
+/// How many rows the planner expects.
+pub(super) async fn estimate(connection: &mut PgConnection, tables: impl IntoIterator<Item = &TableId>) -> Result<u64, Error> {
+    let names: Vec<String> = tables.into_iter().map(full_name).collect();
+    let rows: i64 = sqlx::query_scalar("select coalesce(sum(greatest(reltuples, 0)), 0)::bigint from pg_class where oid = any($1::text[]::regclass[])")
+        .bind(names)
+        .fetch_one(connection)
+        .await
+        .map_err(|source| Error::Sql { what: "estimate the rows of the snapshot", source })?;
+    Ok(u64::try_from(rows).unwrap_or(0))
+}
+
+/// A column of a primary key, and its type as a cast names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct KeyColumn {
+    pub(super) name: String,
+    pub(super) type_name: String,
+}
+
+/// The primary key of a table in its order, and the relation's id.
+pub(super) async fn primary_key(connection: &mut PgConnection, table: &TableId) -> Result<(u32, Vec<KeyColumn>), Error> {
+    const KEY: &str = "select a.attname::text, format_type(a.atttypid, a.atttypmod)
+        from pg_index i, unnest(i.indkey::int2[]) with ordinality u(attnum, place) join pg_attribute a on a.attnum = u.attnum
+        where i.indrelid = $1 and a.attrelid = $1 and i.indisprimary and u.place <= i.indnkeyatts order by u.place";
+    let sql = |source| Error::Sql { what: "describe a table", source };
+    let oid: sqlx::postgres::types::Oid =
+        sqlx::query_scalar("select $1::regclass::oid").bind(full_name(table)).fetch_one(&mut *connection).await.map_err(sql)?;
+    let columns: Vec<(String, String)> = sqlx::query_as(KEY).bind(oid).fetch_all(connection).await.map_err(sql)?;
+    Ok((oid.0, columns.into_iter().map(|(name, type_name)| KeyColumn { name, type_name }).collect()))
 }
 
 /// The shape of a table as the stream describes it; the catalog, read anew, adds the primary key.

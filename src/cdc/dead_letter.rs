@@ -6,8 +6,17 @@ use crate::{
     fault::chain,
 };
 
-/// Writes the dead letter of the message `data`, which stood at `lsn`.
-pub(super) fn write(out: &mut Vec<u8>, poison: &Poison, table: Option<&TableId>, data: &[u8], xid: Option<u32>, lsn: Lsn) {
+/// What a message of the stream did.
+pub(super) fn op_of(data: &[u8]) -> &'static str {
+    match data.first() {
+        Some(b'I') => "c",
+        Some(b'U') => "u",
+        _ => "d",
+    }
+}
+
+/// Writes the dead letter of `data` (a message of the stream, or a line of COPY), which stood at `lsn`.
+pub(super) fn write(out: &mut Vec<u8>, poison: &Poison, table: Option<&TableId>, op: &str, data: &[u8], xid: Option<u32>, lsn: Lsn) {
     out.clear();
     out.extend_from_slice(b"{\"reason\":");
     json::string(out, &chain(poison));
@@ -21,11 +30,6 @@ pub(super) fn write(out: &mut Vec<u8>, poison: &Poison, table: Option<&TableId>,
         None => out.extend_from_slice(b",\"schema\":null,\"table\":null"),
     }
     out.extend_from_slice(b",\"op\":");
-    let op = match data.first() {
-        Some(b'I') => "c",
-        Some(b'U') => "u",
-        _ => "d",
-    };
     json::string(out, op);
     out.extend_from_slice(b",\"txId\":");
     match xid {

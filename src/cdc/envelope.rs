@@ -85,11 +85,14 @@ pub(super) struct Origin {
     pub(super) xid: Option<u32>,
     /// The end of the commit before this transaction's.
     pub(super) previous_commit: Option<u64>,
-    /// `first`, `true`, `last` and so on for reads; None for changes.
+    /// `first`, `true`, `last` and so on for reads; None for changes. [`INCREMENTAL`] reads tell neither LSN nor transaction.
     pub(super) snapshot: Option<&'static str>,
     /// Its place in the transaction, and among its table's events there. None leaves the block null.
     pub(super) order: Option<(u64, u64)>,
 }
+
+/// The marker of a row that is read again while the stream goes on.
+pub(super) const INCREMENTAL: &str = "incremental";
 
 /// What an update turned out to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -226,6 +229,14 @@ impl Envelope {
         Ok(())
     }
 
+    /// A table of which no row is left (`t`). It has no key: it is about all of them.
+    pub(super) fn write_truncate(&mut self, table: &Table, origin: &Origin, now: SystemTime) {
+        self.key.clear();
+        self.value.clear();
+        self.value.extend_from_slice(b"{\"before\":null,\"after\":null");
+        self.rest(table, b't', origin, now);
+    }
+
     /// `pg_logical_emit_message`. The content may be anything, so it travels as base64.
     pub(super) fn write_message(&mut self, prefix: &str, content: &[u8], origin: &Origin, now: SystemTime) {
         self.key.clear();
@@ -324,7 +335,10 @@ impl Envelope {
             None => out.extend_from_slice(b"null"),
         }
         out.extend_from_slice(b",\"lsn\":");
-        json::integer(out, origin.lsn);
+        match origin.snapshot {
+            Some(INCREMENTAL) => out.extend_from_slice(b"null"),
+            _ => json::integer(out, origin.lsn),
+        }
         out.extend_from_slice(b",\"xmin\":null,\"origin\":null,\"origin_lsn\":null}");
     }
 

@@ -25,12 +25,18 @@ pub enum Error {
         #[source]
         source: PgWireError,
     },
+    #[error("{parameter} of the address names {path}, which cannot be read: {reason}")]
+    Certificate { parameter: &'static str, path: String, reason: std::io::ErrorKind },
     #[error("the server is PostgreSQL {found}, logical decoding as we need it starts with 15")]
     OldServer { found: i32 },
     #[error("wal_level is {found}, not logical")]
     WalLevel { found: String },
     #[error("table {table} of cdc.tables does not exist")]
     NoSuchTable { table: String },
+    #[error("table {table} has no primary key, so it cannot be read in chunks")]
+    NoKey { table: String },
+    #[error("the connector reads tables again by signals of Debezium's own")]
+    EngineCannot,
     #[error("no table matches cdc.tables")]
     NoTables,
     #[error("the user of source.url may not read table {table}")]
@@ -128,18 +134,23 @@ impl Diagnose for Error {
         let operator = |text: String| Fault::Operator(text);
         match self {
             Self::Address { .. } => operator("write source.url as postgres://user@host:port/database".to_owned()),
+            Self::Certificate { parameter, .. } => operator(format!("correct {parameter} in the address of the source, or make that file readable for us")),
             Self::Sql { source, .. } => sql_fault(source),
             Self::Replication { source, .. } => replication_fault(source),
             Self::OldServer { .. } => operator("use a server of PostgreSQL 15 or newer".to_owned()),
             Self::WalLevel { .. } => operator("set wal_level = logical on the source and restart it".to_owned()),
             Self::NoSuchTable { table } => operator(format!("create {table}, or take it out of cdc.tables")),
+            Self::NoKey { table } => operator(format!("give {table} a primary key, or start over with a new cdc.topic_prefix and slot")),
+            Self::EngineCannot => operator("send the connector an execute-snapshot signal, or use cdc.engine = \"native\"".to_owned()),
             Self::NoTables => operator("name existing tables in cdc.tables".to_owned()),
             Self::Unreadable { table } => operator(format!("grant select on {table} to that user, or leave it out (cdc.tables_exclude)")),
             Self::PublicationMissing { publication } => operator(format!("somebody dropped publication {publication}; {NEW_SNAPSHOT}")),
             Self::PublicationPartial { publication } => {
                 operator(format!("alter publication {publication} set (publish = 'insert, update, delete, truncate', publish_via_partition_root = false)"))
             }
-            Self::Uncaptured { table, .. } => operator(format!("name {table} in cdc.tables_exclude, or start over with a new cdc.topic_prefix and slot")),
+            Self::Uncaptured { table, .. } => {
+                operator(format!("`ledgerline cdc resnapshot {table}` reads them while the stream goes on; or name it in cdc.tables_exclude"))
+            }
             Self::SlotLost { slot, .. } => {
                 operator(format!("drop slot {slot} (select pg_drop_replication_slot('{slot}')) and raise max_slot_wal_keep_size; {NEW_SNAPSHOT}"))
             }
@@ -196,16 +207,17 @@ fn rejected_remedy(fields: &[(String, String)]) -> String {
     "correct the keys of [cdc] these settings come from; the worker's log has the whole story".to_owned()
 }
 
+const FIT_TLS: &str = "make sslmode in the address fit the server (disable, prefer, require, verify-ca, verify-full); to verify, \
+                       sslrootcert names the file with its authority's certificate, and with verify-full the host must be one the server's certificate names";
+
 fn sql_fault(error: &sqlx::Error) -> Fault {
     match error {
         sqlx::Error::Database(database) => database.code().map_or(Fault::Bug, |code| state_fault(&code)),
+        sqlx::Error::Tls(_) => Fault::Operator(FIT_TLS.to_owned()),
+        // What the handshake itself says comes as broken data.
+        sqlx::Error::Io(broken) if broken.kind() == std::io::ErrorKind::InvalidData => Fault::Operator(FIT_TLS.to_owned()),
         sqlx::Error::Configuration(_) => Fault::Operator("correct the address of the database".to_owned()),
-        sqlx::Error::Io(_)
-        | sqlx::Error::Tls(_)
-        | sqlx::Error::Protocol(_)
-        | sqlx::Error::PoolTimedOut
-        | sqlx::Error::PoolClosed
-        | sqlx::Error::WorkerCrashed => Fault::Transient,
+        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => Fault::Transient,
         _ => Fault::Bug,
     }
 }
@@ -213,7 +225,7 @@ fn sql_fault(error: &sqlx::Error) -> Fault {
 fn replication_fault(error: &PgWireError) -> Fault {
     match error {
         PgWireError::Auth(_) => state_fault("28P01"),
-        PgWireError::Tls(_) => Fault::Operator("offer the source without TLS, or on the same host".to_owned()),
+        PgWireError::Tls(_) => Fault::Operator(FIT_TLS.to_owned()),
         PgWireError::MessageTooLarge { .. } => Fault::Operator("a row is larger than we carry: leave its table out (cdc.tables_exclude)".to_owned()),
         PgWireError::Server(text) => match sql_state(text) {
             // The walsender's words for these two are clearer than their code.
@@ -232,7 +244,7 @@ fn state_fault(code: &str) -> Fault {
     match code.get(..2) {
         // Connection failures, the server stopping or starting, deadlocks and serialization: they pass.
         Some("08" | "57" | "40" | "53" | "58" | "XX") => Fault::Transient,
-        Some("28") => Fault::Operator("correct user and password in the address".to_owned()),
+        Some("28") => Fault::Operator("correct user and password in the address, or its sslmode where the server wants TLS".to_owned()),
         Some("3D") => Fault::Operator("create the database, or correct its name in the address".to_owned()),
         Some("42") if code == "42501" => {
             Fault::Operator("give the user the rights: select on the tables, create on the database (for the publication), replication".to_owned())

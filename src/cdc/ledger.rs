@@ -15,6 +15,8 @@ pub(super) enum Meaning {
     Commit { committed_at_us: i64 },
     /// The position is written down: now the slot may be told.
     Position(Lsn),
+    /// All rows of a chunk that was read again are with the broker.
+    Chunk(u64),
     /// A message outside of transactions.
     Other,
 }

@@ -16,6 +16,7 @@
 mod admin;
 mod boundaries;
 mod catalog;
+mod context;
 mod copy_text;
 mod dead_letter;
 mod debezium;
@@ -23,6 +24,8 @@ mod envelope;
 mod error;
 mod health;
 mod heartbeat;
+mod incremental;
+mod joining;
 mod json;
 mod ledger;
 mod moments;
@@ -42,12 +45,13 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    admin::{Applied, ConnectorStep, Removal, SlotStep, SnapshotState, Standing, has_slot, remove, standing},
+    admin::{Applied, ConnectorStep, Removal, SlotStep, SnapshotState, Standing, has_slot, remove, resnapshot, standing},
     error::{Error, Poison},
+    incremental::Request,
     prepare::apply,
     progress::{LaneEnd, SnapshotEnds, snapshot_ends},
     source::wal_position,
-    stats::{Connector, ConnectorTask, Latency, SlotHealth, SnapshotProgress, Stats, Step, TableStats},
+    stats::{Connector, ConnectorTask, IncrementalSnapshot, Latency, SlotHealth, SnapshotProgress, Stats, Step, TableStats},
 };
 use crate::{secret::Secret, stage::Control, stream, units::Span};
 
@@ -80,6 +84,10 @@ pub struct Config {
     pub heartbeat: Span,
     /// BEGIN and END of every commit on the transaction topic; the warehouse needs them to show whole payments only.
     pub transaction_metadata: bool,
+    /// Which operations leave no event, Debezium's `skipped.operations`.
+    pub skipped_operations: SkippedOperations,
+    /// Headers that say which connector an event came through, Debezium's `extended.headers.enabled`.
+    pub extended_headers: bool,
     /// Of Kafka Connect's user; from the environment only.
     #[serde(skip)]
     pub connect_password: Option<Secret>,
@@ -143,6 +151,26 @@ impl SnapshotMode {
     }
 }
 
+/// As Debezium writes them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SkippedOperations {
+    /// TRUNCATE leaves no event.
+    #[default]
+    T,
+    /// TRUNCATE is an event (`t`) of each table.
+    None,
+}
+
+impl SkippedOperations {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::T => "t",
+            Self::None => "none",
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -158,6 +186,8 @@ impl Default for Config {
             snapshot: SnapshotMode::Initial,
             heartbeat: Span::from_secs(10),
             transaction_metadata: true,
+            skipped_operations: SkippedOperations::T,
+            extended_headers: true,
             connect_password: None,
         }
     }

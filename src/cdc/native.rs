@@ -10,6 +10,7 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
+use sqlx::PgConnection;
 use tokio::{
     sync::{oneshot, watch},
     time::Interval,
@@ -17,27 +18,33 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
-    Config, SnapshotMode, catalog,
+    Config, SkippedOperations, SnapshotMode, catalog, context,
     envelope::Envelope,
     error::Error,
     health::{self, Health},
     heartbeat::{self, Memory, Position},
+    incremental::{self, Finishing, Requests},
+    joining::{self, Joined},
     patience::Patience,
     prepare,
-    progress::{LaneEnd, Store},
+    progress::{LaneEnd, Progress, Store},
     sending::Flow,
-    slot::{self, Replication, Start},
+    slot::{self, Replication, Slot, Start},
     snapshot,
     source::Source,
-    stats::{Stats, Step},
-    streaming::{Setup, Streaming},
+    stats::{IncrementalSnapshot, Stats, Step},
+    streaming::{Filter, Setup, Streaming},
 };
 use crate::{
     change::{Lsn, TableId, Topics},
     fault::chain,
     secret::Secret,
     stage::{Control, Phase},
-    stream::{self, producer::Producer, topics},
+    stream::{
+        self,
+        producer::{Headers, Producer},
+        topics,
+    },
 };
 
 const RETRY_FIRST: Duration = Duration::from_millis(200);
@@ -128,7 +135,9 @@ struct Open {
     client: Replication,
     streaming: Streaming,
     health: watch::Receiver<Option<Health>>,
-    _watching: AbortOnDropHandle<()>,
+    joined: watch::Receiver<Joined>,
+    rereading: watch::Receiver<Option<IncrementalSnapshot>>,
+    _beside: [AbortOnDropHandle<()>; 3],
 }
 
 impl Capture {
@@ -150,18 +159,26 @@ impl Capture {
         let mut connection = self.source.connect().await?;
         catalog::check_server(&mut connection).await?;
         let mut store = Store::open(&self.state, &self.config.topic_prefix).await?;
-        let tables = catalog::wanted_tables(&mut connection, &self.config).await?;
+        let wanted = catalog::wanted_tables(&mut connection, &self.config).await?;
         let progress = store.read().await?;
         let name = self.config.slot.clone();
         let found = slot::wait_until_free(&mut connection, &name, |text| self.tell(control, Step::Connecting, Some(text))).await?;
         let start = slot::decide(&name, &self.source.database, found.as_ref(), progress.as_ref())?;
-        let published = prepare::publish(&mut connection, &self.config, &tables, matches!(start, Start::Resume { .. }), false).await?;
+        let published = prepare::publish(&mut connection, &self.config, &wanted, matches!(start, Start::Resume { .. }), false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
+        let (start, finishing) = match start {
+            Start::Over => self.go_on(&mut connection, (found.as_ref(), progress.as_ref()), &tables).await?,
+            start => (start, None),
+        };
         let asking = topics::Topics::connect(&self.kafka)?;
         let bytes_max = prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         let producer = Arc::new(Producer::new(&self.kafka, bytes_max)?);
         let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
+        let (told, rereading) = watch::channel(None);
+        let reader = incremental::Setup { source: self.source.clone(), state: self.state.clone(), config: self.config.clone(), finishing };
+        let (line, reading) = incremental::reader(reader, told);
+        let context = self.config.extended_headers.then(|| context::headers(&self.config.topic_prefix));
         let (client, snapshot, confirmed, last_commit) = match start {
             Start::Resume { snapshot, confirmed } => {
                 let last_commit = self.recall(&asking, snapshot, confirmed).await?;
@@ -172,7 +189,7 @@ impl Capture {
                     tracing::warn!(slot = name, "no snapshot was finished with this slot, starting over");
                     slot::drop_slot(&mut connection, &name).await?;
                 }
-                let (client, snapshot) = self.begin(&mut store, &asking, &producer, &mut envelope, &tables, control).await?;
+                let (client, snapshot) = self.begin(&mut store, &asking, (&producer, &mut envelope, context.as_ref()), &tables, control).await?;
                 (client, snapshot, snapshot, None)
             }
         };
@@ -183,6 +200,13 @@ impl Capture {
             source: self.source.clone(),
             topics: self.topics.clone(),
             transaction_metadata: self.config.transaction_metadata,
+            filter: Filter::new(&self.config, &self.stats.uncaptured),
+            made: tables.iter().map(|it| self.topics.table(it)).collect(),
+            stream: self.stream.clone(),
+            asking,
+            line,
+            skips_truncate: self.config.skipped_operations == SkippedOperations::T,
+            context,
             heartbeat: *self.config.heartbeat,
             snapshot,
             confirmed,
@@ -190,7 +214,29 @@ impl Capture {
         };
         let (seen, health) = watch::channel(None);
         let watching = AbortOnDropHandle::new(tokio::spawn(health::watch(self.source.clone(), name, self.config.publication.clone(), seen)));
-        Ok(Open { client, streaming: Streaming::new(setup, envelope, producer, control.stop.clone()), health, _watching: watching })
+        let (joins, joined) = watch::channel(Joined { tables: wanted, uncaptured: self.stats.uncaptured.clone() });
+        let joining = AbortOnDropHandle::new(tokio::spawn(joining::watch(self.source.clone(), self.config.clone(), joins)));
+        let streaming = Streaming::new(setup, envelope, producer, control.stop.clone());
+        let reading = AbortOnDropHandle::new(tokio::spawn(reading));
+        Ok(Open { client, streaming, health, joined, rereading, _beside: [watching, joining, reading] })
+    }
+
+    /// How a snapshot that was cut short goes on: from the slot as it stands, where that can be, with requests for what was not read.
+    async fn go_on(
+        &self,
+        connection: &mut PgConnection,
+        (slot, progress): (Option<&Slot>, Option<&Progress>),
+        tables: &BTreeSet<TableId>,
+    ) -> Result<(Start, Option<Finishing>), Error> {
+        let Some((start, left)) = prepare::left_to_read(connection, slot, progress, tables).await? else { return Ok((Start::Over, None)) };
+        tracing::info!(tables = ?left, "going on with the snapshot that was cut short");
+        let mut requests = Requests::open(&self.state, &self.config.topic_prefix).await?;
+        for table in &left {
+            requests.ask(table).await?;
+        }
+        requests.close().await;
+        let topics = tables.iter().map(|it| self.topics.table(it)).collect();
+        Ok((start, Some(Finishing { asking: topics::Topics::connect(&self.kafka)?, topics })))
     }
 
     /// Asks the heartbeat topic whether the slot stands where we left it; the commit before its position.
@@ -212,8 +258,7 @@ impl Capture {
         &mut self,
         store: &mut Store,
         asking: &topics::Topics,
-        producer: &Producer,
-        envelope: &mut Envelope,
+        (producer, envelope, context): (&Producer, &mut Envelope, Option<&Headers>),
         tables: &BTreeSet<TableId>,
         control: &Control<Stats>,
     ) -> Result<(Replication, Lsn), Error> {
@@ -223,7 +268,7 @@ impl Capture {
         if self.config.snapshot == SnapshotMode::Initial {
             tracing::info!(tables = tables.len(), lsn = %made.consistent_point, "taking the snapshot");
             let (source, topics) = (self.source.clone(), self.topics.clone());
-            let plan = snapshot::Plan { source: &source, tables, topics: &topics, snapshot: &made.snapshot, consistent_point: made.consistent_point };
+            let plan = snapshot::Plan { source: &source, tables, topics: &topics, snapshot: &made.snapshot, consistent_point: made.consistent_point, context };
             let tell = |progress: &super::SnapshotProgress, table: &str, rows: u64| {
                 self.stats.snapshot = Some(progress.clone());
                 if !table.is_empty() {
@@ -231,9 +276,9 @@ impl Capture {
                 }
                 self.tell(control, Step::Snapshot, None);
             };
-            snapshot::take(&plan, envelope, producer, tell).await?;
+            snapshot::take(&plan, envelope, producer, store, tell).await?;
             let lanes = asking.watermarks(tables.iter().map(|it| self.topics.table(it)).collect()).await?;
-            ends = lanes.into_iter().map(|(lane, marks)| LaneEnd { topic: lane.topic.to_string(), partition: lane.partition, end_offset: marks.end }).collect();
+            ends = lanes.into_iter().map(LaneEnd::from).collect();
         }
         store.finish(&ends).await?;
         if let Some(snapshot) = &mut self.stats.snapshot {
@@ -244,7 +289,7 @@ impl Capture {
     }
 
     async fn stream(&mut self, open: Open, control: &mut Control<Stats>) -> Result<(), Error> {
-        let Open { mut client, mut streaming, mut health, _watching } = open;
+        let Open { mut client, mut streaming, mut health, mut joined, rereading, _beside } = open;
         let before = self.stats.clone();
         let producer = streaming.producer();
         let mut phase = *control.wanted.borrow();
@@ -259,9 +304,14 @@ impl Capture {
                     let seen = health.borrow_and_update().clone();
                     self.see(seen)?;
                 }
+                Ok(()) = joined.changed() => {
+                    self.stats.uncaptured.clone_from(&joined.borrow_and_update().uncaptured);
+                    streaming.leave_out(&self.stats.uncaptured);
+                }
                 _ = ticks.tick() => {
                     streaming.beat(Instant::now(), &mut self.stats)?;
                     self.stats.phase = phase;
+                    self.stats.incremental_snapshot.clone_from(&rereading.borrow());
                     streaming.report(&mut self.stats, &before);
                     control.stats.send_replace(self.stats.clone());
                 }

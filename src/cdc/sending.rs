@@ -9,7 +9,7 @@ use super::{
     error::{Error, Poison},
     pgoutput::{Old, Tuple},
 };
-use crate::stream::producer::{Outgoing, Producer, Receipt};
+use crate::stream::producer::{Headers, Outgoing, Producer, Receipt};
 
 /// Streaming was told to stop while a message waited for room in the queue.
 pub(super) enum Flow {
@@ -29,10 +29,21 @@ pub(super) struct Wire<'a> {
     pub(super) stop: &'a CancellationToken,
     pub(super) receipt: &'a Arc<Receipt>,
     pub(super) now: SystemTime,
+    /// On every event of a table.
+    pub(super) context: Option<&'a Headers>,
 }
 
 impl Wire<'_> {
-    pub(super) async fn event(&self, table: &Table, envelope: &Envelope, headers: &[(&'static str, &[u8])]) -> Result<Flow, Error> {
+    pub(super) async fn event(&self, table: &Table, envelope: &Envelope) -> Result<Flow, Error> {
+        self.event_with(table, envelope, self.context).await
+    }
+
+    /// The event and its tombstone.
+    pub(super) async fn deletion(&self, table: &Table, envelope: &Envelope) -> Result<Flow, Error> {
+        self.deletion_with(table, envelope, self.context).await
+    }
+
+    async fn event_with(&self, table: &Table, envelope: &Envelope, headers: Option<&Headers>) -> Result<Flow, Error> {
         let outgoing = Outgoing {
             topic: &table.topic,
             partition: None,
@@ -44,9 +55,8 @@ impl Wire<'_> {
         send(self.producer, self.stop, outgoing, self.receipt).await
     }
 
-    /// The event and its tombstone.
-    pub(super) async fn deletion(&self, table: &Table, envelope: &Envelope, headers: &[(&'static str, &[u8])]) -> Result<Flow, Error> {
-        if let Flow::Stopped = self.event(table, envelope, headers).await? {
+    async fn deletion_with(&self, table: &Table, envelope: &Envelope, headers: Option<&Headers>) -> Result<Flow, Error> {
+        if let Flow::Stopped = self.event_with(table, envelope, headers).await? {
             return Ok(Flow::Stopped);
         }
         let tombstone = Outgoing { topic: &table.topic, partition: None, key: key_of(&envelope.key), value: None, headers, timestamp_ms: millis(self.now) };
@@ -63,17 +73,18 @@ impl Wire<'_> {
         (deleted, created): (&Origin, &Origin),
     ) -> Result<Result<Flow, (Poison, Sent)>, Error> {
         // The update that turned out to be a move left both keys behind.
-        let (old_key, new_key) = (envelope.old_key.clone(), envelope.key.clone());
+        let to_new = Headers::of("__debezium.newkey", &envelope.key).and_all(self.context);
+        let from_old = Headers::of("__debezium.oldkey", &envelope.old_key).and_all(self.context);
         if let Err(poison) = envelope.write_delete(table, old, deleted, self.now) {
             return Ok(Err((poison, Sent::Nothing)));
         }
-        if let Flow::Stopped = self.deletion(table, envelope, &[("__debezium.newkey", &new_key)]).await? {
+        if let Flow::Stopped = self.deletion_with(table, envelope, Some(&to_new)).await? {
             return Ok(Ok(Flow::Stopped));
         }
         if let Err(poison) = envelope.write_moved(table, old, new, created, self.now) {
             return Ok(Err((poison, Sent::Deletion)));
         }
-        self.event(table, envelope, &[("__debezium.oldkey", &old_key)]).await.map(Ok)
+        self.event_with(table, envelope, Some(&from_old)).await.map(Ok)
     }
 }
 

@@ -11,7 +11,7 @@ use sqlx::{PgConnection, Row as _};
 use super::{
     error::{Error, sql_state},
     progress::Progress,
-    source::{Source, parse_lsn},
+    source::{Source, by_the_certificates_name, parse_lsn},
     stats::SlotHealth,
 };
 use crate::change::Lsn;
@@ -114,6 +114,7 @@ pub(super) async fn find(connection: &mut PgConnection, name: &str) -> Result<Op
             confirmed_flush_lsn: lsn("confirmed")?,
             restart_lsn: lsn("restart")?,
             safe_wal_bytes: row.try_get("safe_wal_size").map_err(failed)?,
+            seconds_left: None,
         },
         invalidation: row.try_get("invalidation").map_err(failed)?,
     }))
@@ -198,8 +199,20 @@ pub(super) async fn start(mut client: Replication, name: &str) -> Result<Replica
 
 /// A connection that has not started.
 pub(super) async fn connect(source: &Source, name: &str, publication: &str) -> Result<Replication, Error> {
-    let connecting = ReplicationClient::connect_gated(source.replication(name, publication)).await;
-    connecting.map(Replication).map_err(|source| Error::Replication { what: "open a replication connection", source })
+    let failed = |source| Error::Replication { what: "open a replication connection", source };
+    let config = source.replication(name, publication);
+    let mut client = ReplicationClient::connect_gated(config.clone()).await.map(Replication).map_err(failed)?;
+    if source.sslmode() != "verify-ca" {
+        return Ok(client);
+    }
+    // The handshake comes with the first question.
+    match client.simple_query("IDENTIFY_SYSTEM").await {
+        Err(PgWireError::Tls(refusal)) => match by_the_certificates_name(config, &refusal) {
+            Some(config) => ReplicationClient::connect_gated(config).await.map(Replication).map_err(failed),
+            None => Err(failed(PgWireError::Tls(refusal))),
+        },
+        answer => answer.map(|_| client).map_err(failed),
+    }
 }
 
 /// What the walsender's refusal, at the start or later, means for the slot.
@@ -231,7 +244,7 @@ mod tests {
     }
 
     fn progress(finished: bool) -> Progress {
-        Progress { slot: "ledgerline".into(), lsn: Some(Lsn(100)), finished_at: finished.then(chrono::Utc::now), ends: Vec::new() }
+        Progress { slot: "ledgerline".into(), lsn: Some(Lsn(100)), finished_at: finished.then(chrono::Utc::now), ends: Vec::new(), tables_read: Vec::new() }
     }
 
     fn decided(slot: Option<&Slot>, progress: Option<&Progress>) -> Result<Start, Error> {

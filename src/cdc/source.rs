@@ -1,8 +1,11 @@
 //! Connections to the source: for SQL, and for replication, with one set of session settings for both.
 
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use pgwire_replication::{ReplicationConfig, TlsConfig};
+use pgwire_replication::{ReplicationConfig, SslMode, TlsConfig};
 use sqlx::{
     Connection as _,
     postgres::{PgConnectOptions, PgConnection, PgSslMode},
@@ -32,6 +35,7 @@ pub(super) struct Source {
     port: u16,
     user: String,
     password: Secret,
+    tls: TlsConfig,
     pub(super) database: String,
 }
 
@@ -42,6 +46,7 @@ impl Source {
         if !matches!(parsed.scheme(), "postgres" | "postgresql") {
             return Err(Error::Address { reason: "it does not begin with postgres://" });
         }
+        require_files(&parsed)?;
         let password = parsed.password().map(percent_decoded).unwrap_or_default();
         let host = options.get_socket().map_or_else(|| options.get_host().to_owned(), |path| path.display().to_string());
         Ok(Self {
@@ -49,6 +54,7 @@ impl Source {
             port: options.get_port(),
             user: options.get_username().to_owned(),
             password: Secret::new(password),
+            tls: tls(&options, &parsed),
             database: options.get_database().unwrap_or(options.get_username()).to_owned(),
             options,
         })
@@ -74,6 +80,22 @@ impl Source {
         &self.password
     }
 
+    /// As libpq writes it.
+    pub(super) const fn sslmode(&self) -> &'static str {
+        match self.tls.mode {
+            SslMode::Disable => "disable",
+            SslMode::Prefer => "prefer",
+            SslMode::Require => "require",
+            SslMode::VerifyCa => "verify-ca",
+            SslMode::VerifyFull => "verify-full",
+        }
+    }
+
+    /// The file with the certificate of the authority that the server's is to be from.
+    pub(super) fn authority(&self) -> Option<&Path> {
+        self.tls.ca_pem_path.as_deref()
+    }
+
     /// A connection for SQL.
     pub(super) async fn connect(&self) -> Result<PgConnection, Error> {
         connect(&self.options, "connect to the source").await
@@ -84,7 +106,7 @@ impl Source {
         let settings: Vec<String> = SETTINGS.iter().map(|(name, value)| format!("-c {name}={value}")).collect();
         ReplicationConfig::new(&self.host, &self.user, self.password.reveal(), &self.database, slot, publication)
             .with_port(self.port)
-            .with_tls(TlsConfig::disabled())
+            .with_tls(self.tls.clone())
             .with_options(settings.join(" "))
             .with_application_name("ledgerline-cdc")
             .with_status_interval(STATUS_INTERVAL)
@@ -127,7 +149,62 @@ pub(super) fn quoted(name: &str) -> String {
 
 fn options(url: &Secret) -> Result<PgConnectOptions, Error> {
     let options: PgConnectOptions = url.reveal().parse().map_err(|_| Error::Address { reason: "it cannot be read" })?;
-    Ok(options.ssl_mode(PgSslMode::Disable).application_name("ledgerline-cdc").options(SETTINGS))
+    let names_an_authority = url::Url::parse(url.reveal()).is_ok_and(|it| parameter(&it, &ROOT_CERTIFICATE).is_some());
+    let mode = match options.get_ssl_mode() {
+        // As libpq has it: who names an authority wants it asked.
+        PgSslMode::Require if names_an_authority => PgSslMode::VerifyCa,
+        mode => mode,
+    };
+    Ok(options.ssl_mode(mode).application_name("ledgerline-cdc").options(SETTINGS))
+}
+
+/// libpq's names of these, and sqlx's.
+const ROOT_CERTIFICATE: [&str; 3] = ["sslrootcert", "ssl-root-cert", "ssl-ca"];
+const CERTIFICATE: [&str; 2] = ["sslcert", "ssl-cert"];
+const KEY: [&str; 2] = ["sslkey", "ssl-key"];
+
+fn parameter(url: &url::Url, names: &[&str]) -> Option<PathBuf> {
+    url.query_pairs().find(|(name, _)| names.contains(&name.as_ref())).map(|(_, value)| PathBuf::from(value.into_owned()))
+}
+
+/// A file that is not there would only be missed by the handshake, which then says it as if the network had.
+fn require_files(url: &url::Url) -> Result<(), Error> {
+    for (names, label) in [(&ROOT_CERTIFICATE[..], "sslrootcert"), (&CERTIFICATE, "sslcert"), (&KEY, "sslkey")] {
+        let Some(path) = parameter(url, names) else { continue };
+        std::fs::File::open(&path).map_err(|error| Error::Certificate { parameter: label, path: path.display().to_string(), reason: error.kind() })?;
+    }
+    Ok(())
+}
+
+/// With verify-ca the server may have any name, but the transport (pgwire-replication 0.5) refuses all that are not the certificate's.
+/// So it is asked once more for the name that its certificate is valid for, and checks the chain again. None: that is not the trouble.
+pub(super) fn by_the_certificates_name(config: ReplicationConfig, refusal: &str) -> Option<ReplicationConfig> {
+    let (_, names) = refusal.split_once("is only valid for ")?;
+    let quoted = |before: &str, after: char| Some(names.split_once(before)?.1.split_once(after)?.0.to_owned());
+    // Any host of a wildcard will do.
+    let name = quoted("DnsName(\"", '"').map(|name| name.replace('*', "any")).or_else(|| quoted("IpAddress(", ')'))?;
+    let tls = TlsConfig { sni_hostname: Some(name), ..config.tls.clone() };
+    Some(config.with_tls(tls))
+}
+
+/// For the replication connection what sqlx reads out of the address for the others.
+fn tls(options: &PgConnectOptions, url: &url::Url) -> TlsConfig {
+    let mode = match options.get_ssl_mode() {
+        // With "allow" plain comes first, and no server refuses that but one that asks for TLS.
+        PgSslMode::Disable | PgSslMode::Allow => SslMode::Disable,
+        PgSslMode::Prefer => SslMode::Prefer,
+        PgSslMode::Require => SslMode::Require,
+        PgSslMode::VerifyCa => SslMode::VerifyCa,
+        PgSslMode::VerifyFull => SslMode::VerifyFull,
+    };
+    TlsConfig {
+        mode,
+        ca_pem_path: parameter(url, &ROOT_CERTIFICATE),
+        // Otherwise an IP address is refused, though a certificate may well name one.
+        sni_hostname: Some(options.get_host().to_owned()),
+        client_cert_pem_path: parameter(url, &CERTIFICATE),
+        client_key_pem_path: parameter(url, &KEY),
+    }
 }
 
 async fn connect(options: &PgConnectOptions, what: &'static str) -> Result<PgConnection, Error> {
@@ -166,6 +243,34 @@ mod tests {
         let source = Source::new(&Secret::new("postgres://bank%40x:p%25w%2Fd@db:6543/ledger?application_name=x")).expect("valid");
         assert_eq!((source.host.as_str(), source.port, source.user.as_str(), source.password.reveal()), ("db", 6543, "bank@x", "p%w/d"));
         assert_eq!(source.database, "ledger");
+    }
+
+    #[test]
+    fn tls_is_what_libpq_means_by_the_same_words() {
+        let of = |query: &str| {
+            let source = Source::new(&Secret::new(format!("postgres://bank@10.0.0.7/bank{query}"))).expect("valid");
+            assert_eq!(source.tls.mode.requires_tls(), !matches!(source.options.get_ssl_mode(), PgSslMode::Disable | PgSslMode::Allow | PgSslMode::Prefer));
+            source.tls
+        };
+        assert_eq!(["", "?sslmode=disable", "?sslmode=require"].map(|it| of(it).mode), [SslMode::Prefer, SslMode::Disable, SslMode::Require]);
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let path = file.path().display();
+        let verified = of(&format!("?sslmode=require&sslrootcert={path}"));
+        assert_eq!((verified.mode, verified.ca_pem_path), (SslMode::VerifyCa, Some(file.path().to_owned())));
+        let full = of(&format!("?sslmode=verify-full&sslcert={path}&sslkey={path}"));
+        assert!(full.mode == SslMode::VerifyFull && full.is_mtls() && full.sni_hostname.as_deref() == Some("10.0.0.7"));
+    }
+
+    #[test]
+    fn a_certificate_tells_the_name_to_go_by() {
+        let refused = |refusal: &str| {
+            let source = Source::new(&Secret::new("postgres://bank@10.0.0.7/bank?sslmode=verify-ca")).expect("valid");
+            by_the_certificates_name(source.replication("s", "p"), refusal).and_then(|it| it.tls.sni_hostname)
+        };
+        let refusal = r#"TLS handshake failed: invalid peer certificate: certificate not valid for name "10.0.0.7"; certificate is only valid for DnsName("*.bank.example") or IpAddress(10.0.0.8)"#;
+        assert_eq!(refused(refusal).as_deref(), Some("any.bank.example"));
+        assert_eq!(refused("certificate is only valid for IpAddress(10.0.0.8)").as_deref(), Some("10.0.0.8"));
+        assert_eq!(refused("invalid peer certificate: UnknownIssuer"), None);
     }
 
     #[test]

@@ -3,8 +3,10 @@
 //! Owns everything that exists only while the stream flows: the transaction being received, the tables as the stream
 //! described them, and the ledger of what is not yet acknowledged.
 
+mod window;
+
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -14,23 +16,30 @@ use pgwire_replication::ReplicationEvent;
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
+use self::window::{Passed, Window};
 use super::{
+    Config,
     boundaries::{self, Transaction},
     catalog::{self, KeyNames},
     dead_letter,
     envelope::{Envelope, Origin, Table, Update},
     error::{Error, Poison},
     heartbeat::{self, Position},
+    incremental::{self, Line, Settled},
     ledger::{Ledger, Meaning},
     pgoutput::{self, Message, Old, Relation, Tuple},
+    prepare,
     sending::{Flow, Sent, Wire, micros, millis, send},
     source::Source,
     stats::{Stats, TableStats},
 };
 use crate::{
-    change::{Lsn, Topics},
+    change::{Lsn, TableId, Topics},
     latency::Histogram,
-    stream::producer::{Outgoing, Producer, Receipt},
+    stream::{
+        self,
+        producer::{Headers, Outgoing, Producer, Receipt},
+    },
 };
 
 /// PostgreSQL counts microseconds from 2000, the rest of the world from 1970.
@@ -40,11 +49,53 @@ const POSITION_INTERVAL: Duration = Duration::from_secs(1);
 /// When all is acknowledged and only other tables' WAL moves, the slot follows this fast.
 const POSITION_INTERVAL_IDLE: Duration = Duration::from_millis(250);
 
+/// Which tables of the stream become events: a publication of somebody's own may hold more.
+#[derive(Debug)]
+pub(super) struct Filter {
+    tables: Vec<String>,
+    exclude: Vec<String>,
+    left_out: Vec<String>,
+    /// Those that were left out until their rows from before were read.
+    admitted: Vec<String>,
+}
+
+impl Filter {
+    /// Those that the configuration names, but for those that are left out.
+    pub(super) fn new(config: &Config, left_out: &[String]) -> Self {
+        Self { tables: config.tables.clone(), exclude: config.tables_exclude.clone(), left_out: left_out.to_vec(), admitted: Vec::new() }
+    }
+
+    fn names(&self, table: &TableId) -> bool {
+        catalog::is_wanted(&self.tables, &self.exclude, table)
+    }
+
+    fn leaves_out(&self, table: &TableId) -> bool {
+        let name = table.to_string();
+        self.left_out.contains(&name) && !self.admitted.contains(&name)
+    }
+
+    fn admit(&mut self, table: &str) {
+        if self.left_out.iter().any(|it| it == table) && !self.admitted.iter().any(|it| it == table) {
+            self.admitted.push(table.to_owned());
+        }
+    }
+}
+
 /// What the streaming is told once.
 pub(super) struct Setup {
     pub(super) source: Source,
     pub(super) topics: Topics,
+    pub(super) filter: Filter,
+    /// Topics of tables that are there.
+    pub(super) made: HashSet<String>,
+    pub(super) stream: stream::Config,
+    pub(super) asking: stream::topics::Topics,
+    /// To the reader of incremental snapshots.
+    pub(super) line: Line,
     pub(super) transaction_metadata: bool,
+    pub(super) skips_truncate: bool,
+    /// On every event of a table.
+    pub(super) context: Option<Headers>,
     pub(super) heartbeat: Duration,
     /// Where the slot began.
     pub(super) snapshot: Lsn,
@@ -67,6 +118,12 @@ pub(super) struct Streaming {
     stop: CancellationToken,
     catalog: Option<PgConnection>,
     tables: HashMap<u32, Described>,
+    /// Relations of which nothing becomes an event.
+    foreign: HashSet<u32>,
+    window: Option<Window>,
+    passed: Passed,
+    /// Rows read again, by table.
+    reread: BTreeMap<String, u64>,
     transaction: Option<Transaction>,
     /// Of the batch being filled.
     receipt: Arc<Receipt>,
@@ -108,6 +165,10 @@ impl Streaming {
             stop,
             catalog: None,
             tables: HashMap::new(),
+            foreign: HashSet::new(),
+            window: None,
+            passed: Passed::default(),
+            reread: BTreeMap::new(),
             transaction: None,
             receipt: Receipt::open(),
             ledger: Ledger::default(),
@@ -131,6 +192,11 @@ impl Streaming {
         self.ledger.is_empty() && self.position <= self.written
     }
 
+    /// These tables turned out to have rows from before they could be captured.
+    pub(super) fn leave_out(&mut self, tables: &[String]) {
+        self.setup.filter.left_out = tables.to_vec();
+    }
+
     /// The events that follow came now.
     pub(super) fn look_at_clock(&mut self) {
         self.now = SystemTime::now();
@@ -150,7 +216,12 @@ impl Streaming {
             }
             ReplicationEvent::Commit { end_lsn, .. } => self.commit(Lsn(end_lsn.as_u64()), stats).await,
             ReplicationEvent::Message { transactional, lsn, prefix, content } => {
-                self.logical_message(transactional, Lsn(lsn.as_u64()), &prefix, &content).await
+                let lsn = Lsn(lsn.as_u64());
+                if prefix == incremental::MARK {
+                    self.mark(lsn, &content, stats).await
+                } else {
+                    self.logical_message(transactional, lsn, &prefix, &content).await
+                }
             }
             ReplicationEvent::KeepAlive { wal_end, .. } => {
                 let lsn = Lsn(wal_end.as_u64());
@@ -174,10 +245,20 @@ impl Streaming {
                 self.describe(&relation).await?;
                 Ok(Flow::On)
             }
-            Ok(Message::Truncate { relations }) => {
+            Ok(Message::Truncate { mut relations }) => {
+                relations.retain(|id| !self.foreign.contains(id));
+                if relations.is_empty() {
+                    return Ok(Flow::On);
+                }
+                stats.truncates += 1;
+                if let Some(window) = self.window.as_mut().filter(|it| relations.contains(&it.relation)) {
+                    window.empty();
+                }
+                if !self.setup.skips_truncate {
+                    return self.truncate(lsn, &relations).await;
+                }
                 let tables: Vec<String> = relations.iter().filter_map(|id| Some(self.tables.get(id)?.table.id.to_string())).collect();
                 tracing::warn!(?tables, %lsn, "a table was truncated; as with Debezium's defaults, no event tells so");
-                stats.truncates += 1;
                 self.begin(lsn).await
             }
             Ok(Message::Other) => Ok(Flow::On),
@@ -191,6 +272,21 @@ impl Streaming {
 
     /// Learns a table's shape. The catalog is asked each time: a key may have changed together with the columns.
     async fn describe(&mut self, relation: &Relation<'_>) -> Result<(), Error> {
+        let id = TableId { schema: relation.schema.to_owned(), table: relation.table.to_owned() };
+        let filter = &self.setup.filter;
+        match filter.names(&id) && !filter.leaves_out(&id) {
+            true => self.foreign.remove(&relation.id),
+            false => self.foreign.insert(relation.id),
+        };
+        // The server describes a table once: one that is left out may be admitted yet.
+        if !filter.names(&id) {
+            return Ok(());
+        }
+        let topic = self.setup.topics.table(&id);
+        if !self.setup.made.contains(&topic) {
+            prepare::ensure_topics(&self.setup.asking, &self.setup.topics, &BTreeSet::from([id]), &self.setup.stream).await?;
+            self.setup.made.insert(topic);
+        }
         let mut connection = match self.catalog.take() {
             Some(open) => open,
             None => self.setup.source.connect().await?,
@@ -217,11 +313,32 @@ impl Streaming {
         boundaries::write_key(key, transaction, lsn.0);
         boundaries::write_begin(value, transaction, lsn.0);
         let outgoing =
-            Outgoing { topic: &self.boundaries_topic, partition: Some(0), key: Some(key), value: Some(value), headers: &[], timestamp_ms: millis(self.now) };
+            Outgoing { topic: &self.boundaries_topic, partition: Some(0), key: Some(key), value: Some(value), headers: None, timestamp_ms: millis(self.now) };
         send(&self.producer, &self.stop, outgoing, &self.receipt).await
     }
 
+    /// One event for each table, without a key: it is about all rows.
+    async fn truncate(&mut self, lsn: Lsn, relations: &[u32]) -> Result<Flow, Error> {
+        let mut flow = self.begin(lsn).await?;
+        for relation in relations {
+            let Some(Described { table, .. }) = self.tables.get(relation) else { continue };
+            if let Flow::Stopped = flow {
+                break;
+            }
+            let order = self.transaction.as_mut().map(|it| it.count(*relation)).filter(|_| self.setup.transaction_metadata);
+            let (xid, at_us) = self.transaction.as_ref().map_or((None, 0), |it| (Some(it.xid), it.committed_at_us));
+            let origin = Origin { lsn: lsn.0, at_us, xid, previous_commit: self.last_commit.map(|it| it.0), snapshot: None, order };
+            self.envelope.write_truncate(table, &origin, self.now);
+            let wire = Wire { producer: &self.producer, stop: &self.stop, receipt: &self.receipt, now: self.now, context: self.setup.context.as_ref() };
+            flow = wire.event(table, &self.envelope).await?;
+        }
+        Ok(flow)
+    }
+
     async fn row(&mut self, lsn: Lsn, data: &[u8], relation: u32, row: Row<'_>, stats: &mut Stats) -> Result<Flow, Error> {
+        if !self.foreign.is_empty() && self.foreign.contains(&relation) {
+            return Ok(Flow::On);
+        }
         if let Flow::Stopped = self.begin(lsn).await? {
             return Ok(Flow::Stopped);
         }
@@ -234,18 +351,18 @@ impl Streaming {
             return self.dead_letter(lsn, data, Some(relation), &Poison::UnknownRelation { relation }, stats).await;
         };
         let now = self.now;
-        let wire = Wire { producer: &self.producer, stop: &self.stop, receipt: &self.receipt, now };
+        let wire = Wire { producer: &self.producer, stop: &self.stop, receipt: &self.receipt, now, context: self.setup.context.as_ref() };
         let sent = match row {
             Row::Insert(new) => match self.envelope.write_new(table, b'c', new.values(), &origin, now) {
-                Ok(()) => wire.event(table, &self.envelope, &[]).await.map(|flow| (flow, Counted::Insert)),
+                Ok(()) => wire.event(table, &self.envelope).await.map(|flow| (flow, Counted::Insert)),
                 Err(poison) => return self.dead_letter(lsn, data, Some(relation), &poison, stats).await,
             },
             Row::Delete(old) => match self.envelope.write_delete(table, &old, &origin, now) {
-                Ok(()) => wire.deletion(table, &self.envelope, &[]).await.map(|flow| (flow, Counted::Delete)),
+                Ok(()) => wire.deletion(table, &self.envelope).await.map(|flow| (flow, Counted::Delete)),
                 Err(poison) => return self.dead_letter(lsn, data, Some(relation), &poison, stats).await,
             },
             Row::Update(old, new) => match self.envelope.write_update(table, old.as_ref(), new, &origin, now) {
-                Ok(Update::Same) => wire.event(table, &self.envelope, &[]).await.map(|flow| (flow, Counted::Update)),
+                Ok(Update::Same) => wire.event(table, &self.envelope).await.map(|flow| (flow, Counted::Update)),
                 Ok(Update::Moved) => {
                     let Some(old) = old else { return Ok(Flow::On) };
                     let order = self.transaction.as_mut().map(|it| it.count(relation)).filter(|_| metadata);
@@ -265,6 +382,12 @@ impl Streaming {
             Row::Malformed(malformed) => return self.dead_letter(lsn, data, Some(relation), &Poison::Malformed(malformed), stats).await,
         };
         let (flow, what) = sent?;
+        if let Some(window) = self.window.as_mut().filter(|it| it.relation == relation) {
+            window.note(&self.envelope.key);
+            if matches!(what, Counted::Moved) {
+                window.note(&self.envelope.old_key);
+            }
+        }
         match what {
             Counted::Insert => counted.inserts += 1,
             Counted::Update => counted.updates += 1,
@@ -280,18 +403,23 @@ impl Streaming {
         if let (Some(transaction), Some(relation)) = (self.transaction.as_mut(), relation) {
             transaction.uncount(relation);
         }
-        let table = relation.and_then(|id| self.tables.get(&id)).map(|it| &it.table);
-        tracing::error!(error = %poison, %lsn, table = table.map(|it| it.id.to_string()), "a row cannot become an event; it goes to the dead letters");
+        let table = relation.and_then(|id| self.tables.get(&id)).map(|it| it.table.id.clone());
+        self.set_aside(lsn, dead_letter::op_of(data), data, table.as_ref(), poison, stats).await
+    }
+
+    async fn set_aside(&mut self, lsn: Lsn, op: &str, data: &[u8], table: Option<&TableId>, poison: &Poison, stats: &mut Stats) -> Result<Flow, Error> {
+        tracing::error!(error = %poison, %lsn, table = table.map(ToString::to_string), "a row cannot become an event; it goes to the dead letters");
         stats.dead_letters += 1;
         let out = &mut self.scratch.1;
-        dead_letter::write(out, poison, table.map(|it| &it.id), data, self.transaction.as_ref().map(|it| it.xid), lsn);
+        dead_letter::write(out, poison, table, op, data, self.transaction.as_ref().map(|it| it.xid), lsn);
         let outgoing =
-            Outgoing { topic: &self.dead_letters_topic, partition: Some(0), key: None, value: Some(out), headers: &[], timestamp_ms: millis(self.now) };
+            Outgoing { topic: &self.dead_letters_topic, partition: Some(0), key: None, value: Some(out), headers: None, timestamp_ms: millis(self.now) };
         send(&self.producer, &self.stop, outgoing, &self.receipt).await
     }
 
     async fn commit(&mut self, end: Lsn, stats: &mut Stats) -> Result<Flow, Error> {
         let Some(transaction) = self.transaction.take() else { return Ok(Flow::On) };
+        self.passed.push(transaction.xid);
         let mut flow = Flow::On;
         if transaction.begun && self.setup.transaction_metadata {
             let (key, value) = &mut self.scratch;
@@ -303,7 +431,7 @@ impl Streaming {
                 partition: Some(0),
                 key: Some(key),
                 value: Some(value),
-                headers: &[],
+                headers: None,
                 timestamp_ms: millis(self.now),
             };
             flow = send(&self.producer, &self.stop, outgoing, &self.receipt).await?;
@@ -338,7 +466,7 @@ impl Streaming {
             partition: None,
             key: Some(&self.envelope.key),
             value: Some(&self.envelope.value),
-            headers: &[],
+            headers: None,
             timestamp_ms: millis(self.now),
         };
         let flow = send(&self.producer, &self.stop, outgoing, &self.receipt).await?;
@@ -371,6 +499,7 @@ impl Streaming {
                     confirmed = Some(lsn);
                     stats.confirmed_lsn = stats.confirmed_lsn.max(lsn);
                 }
+                Meaning::Chunk(number) => drop(self.setup.line.settled.send(Settled { number, acked: true })),
                 Meaning::Other => {}
             }
         }
@@ -393,17 +522,16 @@ impl Streaming {
     /// Writes the position down, in a heartbeat. With a full queue nothing happens, the next one will do.
     fn write_position(&mut self, now: Instant, stats: &mut Stats) -> Result<(), Error> {
         let position = Position { snapshot: self.setup.snapshot, confirmed: self.position, last_commit: self.last_commit };
-        let header = position.to_header();
         let at = SystemTime::now();
         let value = heartbeat::value(at);
         let receipt = Receipt::open();
-        let headers = [(heartbeat::HEADER, header.as_slice())];
+        let headers = Headers::of(heartbeat::HEADER, &position.to_header());
         let outgoing = Outgoing {
             topic: &self.heartbeat_topic,
             partition: Some(0),
             key: Some(&self.heartbeat_key),
             value: Some(&value),
-            headers: &headers,
+            headers: Some(&headers),
             timestamp_ms: millis(at),
         };
         if self.producer.try_send(outgoing, &receipt)? {
@@ -424,6 +552,9 @@ impl Streaming {
             sum.inserts += described.counted.inserts;
             sum.updates += described.counted.updates;
             sum.deletes += described.counted.deletes;
+        }
+        for (table, rows) in &self.reread {
+            stats.tables.entry(table.clone()).or_default().reads += rows;
         }
         stats.latency = (&self.latency).into();
         stats.queued = self.producer.n_waiting();

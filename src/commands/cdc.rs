@@ -1,15 +1,15 @@
-//! `cdc status`, `cdc apply` and `cdc remove`.
+//! `cdc status`, `cdc apply`, `cdc resnapshot` and `cdc remove`.
 
 use serde::Serialize;
 
 use crate::{
-    cdc::{self, Applied, ConnectorStep, Removal, SlotStep, SnapshotState, Standing, Stats},
+    cdc::{self, Applied, ConnectorStep, Removal, Request, SlotStep, SnapshotState, Standing, Stats},
     cli::{self, CdcCommand, Output},
     config::Loaded,
     exit::{Exit, Failure},
     pipeline::services::Needs,
     stage::Phase,
-    units::bytes_for_people,
+    units::{bytes_for_people, grouped},
 };
 
 #[derive(Serialize)]
@@ -33,6 +33,7 @@ pub(super) async fn cdc(loaded: &Loaded, command: CdcCommand) -> Result<Exit, Fa
     match command {
         CdcCommand::Status(output) => status(loaded, &output).await,
         CdcCommand::Apply(flags) => apply(loaded, &flags).await,
+        CdcCommand::Resnapshot(flags) => resnapshot(loaded, &flags).await,
         CdcCommand::Remove(flags) => remove(loaded, &flags).await,
     }
 }
@@ -95,11 +96,18 @@ fn shown(status: &Status) -> String {
         text.push('\n');
     }
     text += &format!("publication  {publication}{}\n", if status.standing.publication_exists { "" } else { " does not exist" });
-    text + &match &status.standing.snapshot {
+    text += &match &status.standing.snapshot {
         SnapshotState::NeverBegun => "snapshot     never begun\n".to_owned(),
         SnapshotState::Unfinished => "snapshot     not finished\n".to_owned(),
         SnapshotState::Finished { lsn, at } => format!("snapshot     finished {} at {lsn}\n", at.format("%F %T UTC")),
+    };
+    for request in &status.standing.incremental_snapshots {
+        text += &match &request.failure {
+            Some(why) => format!("             {} was not read again: {why}\n", request.table),
+            None => format!("             {} is read again: {} rows so far\n", request.table, grouped(request.rows)),
+        };
     }
+    text
 }
 
 #[derive(Serialize)]
@@ -162,6 +170,34 @@ fn applied_text(applied: &Applied) -> String {
         text += "             the first start makes it anew, in one moment with the snapshot of the rows that exist\n";
     }
     text
+}
+
+#[derive(Serialize)]
+struct Asked {
+    schema: u32,
+    table: String,
+    dry_run: bool,
+    request: Option<Request>,
+}
+
+async fn resnapshot(loaded: &Loaded, flags: &cli::Resnapshot) -> Result<Exit, Failure> {
+    let interrupted = super::interrupts();
+    let reach = super::Reach::take(loaded, Needs::POSTGRES, &interrupted).await?;
+    let asking = async {
+        let asked = cdc::resnapshot(&reach.addresses.source, &reach.addresses.state, &loaded.cdc(), &flags.table, flags.dry_run).await;
+        asked.map_err(|error| Failure::from_error(&error))
+    };
+    let asked = super::unless_interrupted(&interrupted, asking).await;
+    reach.release().await;
+    let request = asked?;
+    if flags.output.json {
+        super::print_json(&Asked { schema: 1, table: flags.table.clone(), dry_run: flags.dry_run, request })?;
+    } else if request.is_some() {
+        super::print(&format!("{} is read again as soon as the capture runs; `ledgerline cdc status` shows how far it came\n", flags.table))?;
+    } else {
+        super::print(&format!("{} would be read again\n", flags.table))?;
+    }
+    Ok(Exit::Right)
 }
 
 async fn remove(loaded: &Loaded, flags: &cli::Remove) -> Result<Exit, Failure> {

@@ -15,7 +15,7 @@ use crate::{
     lake,
     stream::{
         Access,
-        producer::{self, Outgoing, Producer, Receipt},
+        producer::{self, Headers, Outgoing, Producer, Receipt},
         range::{From, Range},
         topics,
     },
@@ -155,12 +155,13 @@ impl<'a> Back<'a> {
         let outcome = self.judge(letter);
         if let (Outcome::Replayed { topic, partition, .. }, Origin::Sink { key, value, .. }, false) = (&outcome, &letter.origin, self.asked.dry_run) {
             let from = format!("{}[{}]@{}", self.report.topic, letter.partition, letter.offset);
+            let headers = Headers::of(HEADER, from.as_bytes());
             let outgoing = Outgoing {
                 topic,
                 partition: Some(*partition),
                 key: key.as_deref(),
                 value: value.as_deref(),
-                headers: &[(HEADER, from.as_bytes())],
+                headers: Some(&headers),
                 // Its own time would let the topic's retention take it at once.
                 timestamp_ms: Utc::now().timestamp_millis(),
             };

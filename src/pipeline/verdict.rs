@@ -6,13 +6,13 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bank,
+    bank, cdc,
     dag::{DagStats, RunState, Schedule, TaskState},
     embedded,
     notify::MailState,
     refresh,
     stage::Phase,
-    units::grouped,
+    units::{bytes_for_people, grouped},
     warehouse::Cut,
 };
 
@@ -113,6 +113,7 @@ pub fn verdict(now: &Snapshot) -> Verdict {
     let truths = [
         stopped_stage,
         stopped_lane,
+        endangered_slot,
         wrong_books,
         failed_task,
         ailing_service,
@@ -123,6 +124,7 @@ pub fn verdict(now: &Snapshot) -> Verdict {
         waiting_mail,
         ending,
         paused,
+        reading,
         repeated,
         fresh,
     ];
@@ -150,6 +152,13 @@ fn stopped_stage(now: &Snapshot) -> Option<Verdict> {
         Health::Failed { reason, remedy: None, .. } => failed(format!("{name} stopped, a bug of ours: {reason}")),
         _ => None,
     }
+}
+
+/// Its WAL is removed once the server's limit is reached, and with it the changes that nobody has read.
+fn endangered_slot(now: &Snapshot) -> Option<Verdict> {
+    let slot = now.cdc.slot.as_ref().filter(|it| it.in_danger())?;
+    let left = slot.seconds_left.map_or_else(|| "any moment".to_owned(), |it| format!("in {}", span(it)));
+    failed(format!("the replication slot is lost {left}, {} behind · let cdc run, or raise max_slot_wal_keep_size", bytes_for_people(now.cdc.lag_bytes)))
 }
 
 fn wrong_books(now: &Snapshot) -> Option<Verdict> {
@@ -284,7 +293,7 @@ fn ending(now: &Snapshot) -> Option<Verdict> {
     let left = match now.ending? {
         Ending::Draining => {
             let lag = now.lake.lag().map_or_else(|| "–".to_owned(), grouped);
-            format!("{lag} records to land, {} of WAL to read", crate::units::bytes_for_people(now.cdc.lag_bytes))
+            format!("{lag} records to land, {} of WAL to read", bytes_for_people(now.cdc.lag_bytes))
         }
         Ending::LastRuns => {
             let runs = now.dag.dags.iter().flat_map(|it| &it.runs).filter(|run| !run.state.is_final());
@@ -295,6 +304,27 @@ fn ending(now: &Snapshot) -> Option<Verdict> {
         Ending::Letters => format!("{} letters to send", grouped(now.mail.waiting)),
     };
     note(format!("The bank is done, draining: {left}"))
+}
+
+/// Rows from before, on their way as they are.
+fn reading(now: &Snapshot) -> Option<Verdict> {
+    if let Some(again) = &now.cdc.incremental_snapshot {
+        return note(format!("cdc reads {} again: {}", again.table, read_so_far(again.rows, again.rows_estimated, again.seconds_left)));
+    }
+    let read = now.cdc.snapshot.as_ref().filter(|_| now.cdc.step == cdc::Step::Snapshot && now.cdc.waiting_for.is_none())?;
+    let place = format!("table {} of {}", (read.tables_done + 1).min(read.tables), read.tables);
+    note(format!("cdc reads what the source holds: {place}, {}", read_so_far(read.rows, read.rows_estimated, read.seconds_left)))
+}
+
+/// `1,200,000 of about 5,000,000 rows, 24 %, 3 min left`.
+fn read_so_far(rows: u64, estimated: u64, seconds_left: Option<u64>) -> String {
+    let mut text = grouped(rows);
+    // A planner that has never looked knows nothing, and one that looked long ago too little.
+    match rows.saturating_mul(100).checked_div(estimated) {
+        Some(share @ 0..100) => text += &format!(" of about {} rows, {share} %", grouped(estimated)),
+        _ => text += " rows",
+    }
+    text + &seconds_left.map_or_else(String::new, |it| format!(", {} left", span(it)))
 }
 
 fn bank_moves(now: &Snapshot) -> bool {
@@ -321,7 +351,7 @@ fn still(now: &Snapshot) -> Option<Verdict> {
 
 fn late(now: &Snapshot) -> Option<Verdict> {
     if now.cdc.lag_bytes > WAL_LATE_BYTES {
-        return late_because(format!("cdc is {} behind", crate::units::bytes_for_people(now.cdc.lag_bytes)));
+        return late_because(format!("cdc is {} behind", bytes_for_people(now.cdc.lag_bytes)));
     }
     let (cut, flowing_since) = (now.cut()?, now.flowing_since?);
     // Neither the time between two invocations nor a pause of the bank is anybody's delay.
@@ -405,7 +435,11 @@ fn clock(at: DateTime<Utc>) -> String {
 
 /// How long ago, in a unit that never says less than the one before: `119 s`, `2 min`, `119 min`, `2 h`, `47 h`, `2 d`.
 fn ago(now: DateTime<Utc>, then: DateTime<Utc>) -> String {
-    match (now - then).num_seconds().max(0) {
+    span(u64::try_from((now - then).num_seconds()).unwrap_or(0))
+}
+
+fn span(seconds: u64) -> String {
+    match seconds {
         seconds @ 0..120 => format!("{seconds} s"),
         seconds @ 120..7_200 => format!("{} min", seconds / 60),
         seconds @ 7_200..172_800 => format!("{} h", seconds / 3_600),

@@ -17,7 +17,7 @@ use rdkafka::{
     ClientConfig, ClientContext, Message,
     config::RDKafkaLogLevel,
     error::{KafkaError, RDKafkaErrorCode},
-    message::{DeliveryResult, OwnedHeaders},
+    message::{DeliveryResult, Header, Headers as _, OwnedHeaders},
     producer::{BaseRecord, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer},
 };
 use tokio::sync::Notify;
@@ -45,9 +45,29 @@ pub struct Outgoing<'a> {
     pub key: Option<&'a [u8]>,
     /// None is a tombstone.
     pub value: Option<&'a [u8]>,
-    pub headers: &'a [(&'static str, &'a [u8])],
+    pub headers: Option<&'a Headers>,
     /// When it was made, in milliseconds since 1970: whoever sends many at once looks at the clock once.
     pub timestamp_ms: i64,
+}
+
+/// Headers of messages, in their order: made once, copied into each message that has them.
+#[derive(Debug, Clone)]
+pub struct Headers(OwnedHeaders);
+
+impl Headers {
+    pub fn of(key: &str, value: &[u8]) -> Self {
+        Self(OwnedHeaders::new()).and(key, value)
+    }
+
+    pub fn and(self, key: &str, value: &[u8]) -> Self {
+        Self(self.0.insert(Header { key, value: Some(value) }))
+    }
+
+    /// With all of the others behind these.
+    pub fn and_all(self, others: Option<&Self>) -> Self {
+        let others = others.iter().flat_map(|it| it.0.iter());
+        others.fold(self, |all, header| all.and(header.key, header.value.unwrap_or_default()))
+    }
 }
 
 /// Counts the messages of one batch (a transaction, say) down to the last acknowledgement.
@@ -206,11 +226,7 @@ impl Producer {
         record.key = outgoing.key;
         record.payload = outgoing.value;
         record.timestamp = Some(outgoing.timestamp_ms);
-        if !outgoing.headers.is_empty() {
-            let headers = OwnedHeaders::new_with_capacity(outgoing.headers.len());
-            let headers = outgoing.headers.iter().fold(headers, |headers, (key, value)| headers.insert(rdkafka::message::Header { key, value: Some(*value) }));
-            record.headers = Some(headers);
-        }
+        record.headers = outgoing.headers.map(|it| it.0.clone());
         receipt.add();
         match self.inner().send(record) {
             Ok(()) => Ok(true),

@@ -7,5 +7,7 @@ mod contract;
 mod days;
 #[cfg(feature = "stack")]
 mod debezium;
+mod encrypted;
 mod house;
 mod refusals;
+mod rereading;

@@ -42,6 +42,7 @@ pub(super) fn wanted(config: &Config, source: &Source, tables: &BTreeSet<TableId
     let heartbeat_ms = config.heartbeat.as_millis().to_string();
     let include = tables.iter().map(|it| format!("{}\\.{}", quoted(&it.schema), quoted(&it.table))).collect::<Vec<_>>().join(",");
     let (snapshot, metadata) = (snapshot_mode(config.snapshot), config.transaction_metadata.to_string());
+    let extended_headers = config.extended_headers.to_string();
     let (request_bytes, action) = (MESSAGE_BYTES_MAX.to_string(), heartbeat_statement());
     let mut settings: Settings = [
         ("connector.class", CLASS),
@@ -66,6 +67,8 @@ pub(super) fn wanted(config: &Config, source: &Source, tables: &BTreeSet<TableId
         ("decimal.handling.mode", "string"),
         ("tombstones.on.delete", "true"),
         ("provide.transaction.metadata", &metadata),
+        ("skipped.operations", config.skipped_operations.as_str()),
+        ("extended.headers.enabled", &extended_headers),
         ("heartbeat.interval.ms", &heartbeat_ms),
         // Without a commit in its own database the slot would hold back the WAL of all others.
         ("heartbeat.action.query", &action),
@@ -88,6 +91,14 @@ pub(super) fn wanted(config: &Config, source: &Source, tables: &BTreeSet<TableId
     .into_iter()
     .map(|(key, value)| (key.to_owned(), Value::from(value)))
     .collect();
+    // What is Debezium's default is left out.
+    if source.sslmode() != "prefer" {
+        settings.insert("database.sslmode".to_owned(), source.sslmode().into());
+    }
+    // The worker looks for the file at the same place.
+    if let Some(authority) = source.authority() {
+        settings.insert("database.sslrootcert".to_owned(), authority.display().to_string().into());
+    }
     // Connect keeps its settings in a topic and shows them to whoever asks, so it gets a reference; in clear only where that is
     // written out.
     if source.has_password() {
@@ -182,6 +193,21 @@ mod tests {
         let settings = wanted(&Config::default(), &source(), &tables()).expect("settings");
         assert_eq!(settings["table.include.list"], "public\\.accounts,public\\.odd\\x{2c}na\\x{2e}me");
         assert_eq!((&settings["database.hostname"], &settings["database.port"]), (&"db".into(), &"6543".into()));
+    }
+
+    #[test]
+    fn connect_comes_to_the_source_as_encrypted_as_we_do() {
+        let of = |query: &str| {
+            let source = Source::new(&Secret::new(format!("postgres://bank@db/ledger{query}"))).expect("an address");
+            wanted(&Config::default(), &source, &tables()).expect("settings")
+        };
+        let plain = of("");
+        assert!(!plain.contains_key("database.sslmode") && !plain.contains_key("database.sslrootcert"));
+        assert_eq!(of("?sslmode=require")["database.sslmode"], "require");
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let path = file.path().display().to_string();
+        let verified = of(&format!("?sslmode=verify-full&sslrootcert={path}"));
+        assert_eq!((&verified["database.sslmode"], &verified["database.sslrootcert"]), (&"verify-full".into(), &path.into()));
     }
 
     #[test]

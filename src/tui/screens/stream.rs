@@ -107,6 +107,7 @@ fn slot_line(scene: Scene, width: usize) -> Line<'static> {
     let mut parts = vec![Span::raw(format!("WAL {} behind", bytes_for_people(cdc.lag_bytes)))];
     parts.push(match &cdc.slot {
         Some(SlotHealth { wal_status, .. }) if wal_status == "lost" => scene.mark(State::Failed, "slot lost"),
+        Some(slot) if slot.in_danger() => scene.mark(State::Failed, "slot in danger"),
         Some(SlotHealth { active: true, .. }) => Span::raw("slot active"),
         Some(_) => scene.mark(State::Late, "slot idle"),
         None => scene.dim("no slot yet"),
@@ -222,7 +223,13 @@ fn facts(scene: Scene, width: usize) -> Vec<Line> {
             Span::raw(format!("slot WAL {}", slot.wal_status)),
             lsn("confirmed", slot.confirmed_flush_lsn),
             lsn("restart", slot.restart_lsn),
-            Span::raw(format!("safe for {safe}")),
+            match slot.seconds_left {
+                Some(left) => scene.mark(
+                    if slot.in_danger() { State::Failed } else { State::Late },
+                    &format!("safe for {safe}, {}", number::age(i64::try_from(left.saturating_mul(1000)).unwrap_or(i64::MAX))),
+                ),
+                None => Span::raw(format!("safe for {safe}")),
+            },
         ];
         lines.push(joined(scene, parts, width));
     }
@@ -239,6 +246,10 @@ fn facts(scene: Scene, width: usize) -> Vec<Line> {
         let failed = connector.state == "FAILED" || connector.tasks.iter().any(|it| it.state == "FAILED");
         let span = if failed { scene.mark(State::Failed, &told) } else { Span::raw(told) };
         lines.push(Line::from(vec![Span::raw(" "), span]));
+    }
+    if let Some(reading) = &cdc.incremental_snapshot {
+        let told = format!(" reading {} again: {} of about {} rows", reading.table, grouped(reading.rows), grouped(reading.rows_estimated));
+        lines.push(Line::from(scene.state(State::Running, told)));
     }
     if !cdc.uncaptured.is_empty() {
         lines.push(Line::from(vec![Span::raw(" "), scene.mark(State::Late, &format!("not captured, they were here before: {}", cdc.uncaptured.join(", ")))]));

@@ -116,6 +116,7 @@ pub(super) fn busy() -> Snapshot {
             confirmed_flush_lsn: Lsn(0x16B_3748),
             restart_lsn: Lsn(0x16B_0000),
             safe_wal_bytes: None,
+            seconds_left: None,
         }),
         ..Default::default()
     };

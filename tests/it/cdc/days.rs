@@ -23,7 +23,7 @@ use sqlx::{Connection as _, PgConnection};
 use tokio::task::JoinHandle;
 
 use super::{
-    house::{Broker, Capture, Database, HEARTBEAT, Read, config, without_times},
+    house::{Broker, Capture, Database, HEARTBEAT, PATIENCE, Read, config, without_times},
     refusals::refuses,
 };
 use crate::lane::Stream;
@@ -52,7 +52,7 @@ fn write_payments(url: Secret, mut ids: Range<i64>) -> (Arc<AtomicBool>, JoinHan
     (stop, writing)
 }
 
-async fn finish((stop, writing): (Arc<AtomicBool>, JoinHandle<()>)) {
+pub(super) async fn finish((stop, writing): (Arc<AtomicBool>, JoinHandle<()>)) {
     stop.store(true, Ordering::Relaxed);
     writing.await.expect("the writer ends well");
 }
@@ -394,6 +394,34 @@ async fn a_table_made_later_joins_while_it_is_empty_and_is_told_otherwise() {
 
     let named = Config { tables: vec!["public.payments".into(), "public.loans".into()], ..config };
     refuses(&database, &broker, named, "loans").await;
+}
+
+#[tokio::test]
+async fn a_table_made_while_the_stream_flows_joins_by_itself_and_a_foreign_one_stays_out() {
+    let database = Database::create("joins").await;
+    database.run(PAYMENTS).await;
+    let mut broker = Broker::start(&database, &["public.payments", "public.fees"], 1);
+    // A publication of somebody's own, which holds more than we capture.
+    database.run(&format!("create table public.private (id int primary key); create publication {} for table payments, private;", database.name)).await;
+    let config = Config { tables_exclude: vec!["public.private".to_owned()], ..config(&database) };
+    let capture = Capture::start(&database, broker.address(), config);
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    database.run("create table public.fees (id int primary key); insert into public.private values (1);").await;
+    let published = format!("select count(*) from pg_publication_tables where pubname = '{}' and tablename = 'fees'", database.name);
+    let joined = async {
+        let mut connection = database.connect().await;
+        while sqlx::query_scalar::<_, i64>(sqlx::AssertSqlSafe(published.clone())).fetch_one(&mut connection).await.expect("a count") == 0 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, joined).await.expect("it joins");
+    database.run("insert into public.fees values (1); insert into public.private values (2); insert into payments values (1, 1.00, 'x');").await;
+    let stats = capture.drain(&database).await;
+    assert_eq!((broker.read("public.fees").len(), broker.read("public.payments").len()), (1, 1));
+    assert!(!stats.tables.contains_key("public.private"), "{:?}", stats.tables);
+    // Transactions of foreign tables alone owe nothing to anybody.
+    assert_eq!(broker.read("transaction").len(), 4);
+    capture.stop().await;
 }
 
 #[tokio::test]

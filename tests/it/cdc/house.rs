@@ -153,16 +153,24 @@ pub(super) struct Reader {
 impl Broker {
     /// Of this run. The prefix is one of the database's own, as topics outlive a test that fails.
     pub(super) fn start(database: &Database, tables: &[&str], partitions: i32) -> Self {
-        let Some(stack) = stack() else { return Self::in_memory(database, tables, partitions) };
-        let broker = Self::at(stack.kafka(), database, None);
+        Self::with_prefix(&database.name, tables, partitions)
+    }
+
+    pub(super) fn with_prefix(prefix: &str, tables: &[&str], partitions: i32) -> Self {
+        let Some(stack) = stack() else { return Self::mocked(prefix, tables, partitions) };
+        let broker = Self::at(stack.kafka(), prefix, None);
         broker.create(tables, partitions);
         broker
     }
 
     /// In memory, where it can be away or slow at will.
     pub(super) fn in_memory(database: &Database, tables: &[&str], partitions: i32) -> Self {
+        Self::mocked(&database.name, tables, partitions)
+    }
+
+    fn mocked(prefix: &str, tables: &[&str], partitions: i32) -> Self {
         let mock = MockCluster::new(1).expect("a broker in memory");
-        let broker = Self::at(mock.bootstrap_servers(), database, Some(mock));
+        let broker = Self::at(mock.bootstrap_servers(), prefix, Some(mock));
         for (topic, partitions) in broker.topics(tables, partitions) {
             broker.mock().create_topic(&topic, partitions, 1).expect("a topic");
         }
@@ -193,8 +201,8 @@ impl Broker {
         assert!(created.iter().all(Result::is_ok), "{created:?}");
     }
 
-    fn at(address: String, database: &Database, mock: Option<MockCluster<'static, DefaultProducerContext>>) -> Self {
-        Self { reader: Reader::start(&address), address, prefix: database.name.clone(), mock }
+    fn at(address: String, prefix: &str, mock: Option<MockCluster<'static, DefaultProducerContext>>) -> Self {
+        Self { reader: Reader::start(&address), address, prefix: prefix.to_owned(), mock }
     }
 
     pub(super) fn address(&self) -> String {
