@@ -2,12 +2,13 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use ledgerline::{
     cdc::{self, Config, Stats, Step},
     change::Lsn,
+    fault::{Diagnose as _, Fault},
     units::Span,
 };
 use rdkafka::{
@@ -87,8 +88,8 @@ pub(super) async fn both(cases: &[Case]) -> Outcome {
 
     let mut native = Engine::start(&database, &kafka, config(&database), "n");
     let mut debezium = Engine::start(&database, &kafka, on_connect(&database), "d");
-    for engine in [&native, &debezium] {
-        engine.until("streaming", |it| it.step == Step::Streaming).await;
+    for engine in [&mut native, &mut debezium] {
+        engine.streaming(&database).await;
     }
     let n_phases = cases.iter().map(|it| it.phases.len()).max().unwrap_or(0);
     for at in 1..n_phases {
@@ -165,6 +166,22 @@ impl Engine {
         let config = Config { topic_prefix: name.clone(), slot: name.clone(), publication: name, tables, heartbeat, ..config };
         let capture = Some(Capture::start(database, kafka.to_owned(), config.clone()));
         Self { capture, config, kafka: kafka.to_owned() }
+    }
+
+    /// A broker that has just been given hundreds of topics may not know yet who leads them: as for the pipeline, that is a start again.
+    async fn streaming(&mut self, database: &Database) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let capture = self.capture.as_ref().expect("it runs");
+            let mut stats = capture.handle.stats.clone();
+            let waiting = tokio::time::timeout_at(deadline.into(), stats.wait_for(|it| it.step == Step::Streaming)).await.expect("in time").is_ok();
+            if waiting {
+                return;
+            }
+            let error = self.capture.take().expect("it ran").ended().await.expect_err("it was not told to end");
+            assert!(matches!(error.fault(), Fault::Transient), "{}", ledgerline::fault::chain(&error));
+            self.capture = Some(Capture::start(database, self.kafka.clone(), self.config.clone()));
+        }
     }
 
     /// With the patience that a worker's start takes.

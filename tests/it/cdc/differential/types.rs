@@ -64,7 +64,7 @@ const TIMESTAMPS: &[&str] = &[
     "9999-12-31 23:59:59.999999",
     "0044-03-15 12:00:00 BC",
     "4713-01-01 00:00:00 BC",
-    "294276-12-31 23:59:59.999999",
+    "294246-12-31 23:59:59.999999",
     "12345-06-07 08:09:10.11",
     "2024-02-29 24:00:00",
     "infinity",
@@ -103,7 +103,6 @@ pub(super) const TYPES: &[Type] = &[
     plain("numeric", &["NaN", "Infinity", "-Infinity", "12"]),
     keyable("numeric(10,2)", &["0", "1", "-1.5", "99999999.99", "0.01", "NaN"]),
     plain("numeric(5,0)", &["0", "12345", "-1"]),
-    plain("numeric(3,-2)", &["0", "12345", "-100"]),
     plain("numeric(38,20)", &["0", "0.00000000000000000001", "-123456789012345678.5"]),
     plain("money", &["0", "-1234.56", "92233720368547758.07", "-92233720368547758.08", "0.01"]),
     keyable("boolean", &["t", "f"]),
@@ -117,18 +116,18 @@ pub(super) const TYPES: &[Type] = &[
     keyable("uuid", &["00000000-0000-0000-0000-000000000000", "6F9619FF-8B86-D011-B42D-00C04FC964FF", "ffffffff-ffff-ffff-ffff-ffffffffffff"]),
     plain("bytea", &["", "\\x00", "\\xdeadbeef00ff", "\\x7f80", "plain"]),
     keyable("date", &["2026-02-28", "1970-01-01", "1969-12-31", "0001-01-01", "1582-10-10", "9999-12-31", "0044-03-15 BC", "4713-01-01 BC", "5874897-12-31"]),
-    plain("date", &["infinity", "-infinity", "2000-02-29"]),
     keyable("time", TIMES),
     plain("time(0)", TIMES),
     plain("time(3)", TIMES),
     plain("time(6)", TIMES),
-    plain("timetz", &["00:00:00+00", "23:59:59.999999-12", "24:00:00+00", "12:34:56.789+05:30", "01:02:03+15:59:59", "12:00:00.5-08"]),
+    plain("timetz", &["00:00:00+00", "23:59:59.999999-12", "24:00:00+00", "12:34:56.789+05:30", "01:02:03+15:59", "12:00:00.5-08"]),
     plain("timetz(2)", &["12:34:56.789+05:30", "23:59:59.999-01"]),
     keyable("timestamp", TIMESTAMPS),
     plain("timestamp(0)", TIMESTAMPS),
     plain("timestamp(3)", TIMESTAMPS),
     plain("timestamp(4)", TIMESTAMPS),
     keyable("timestamptz", TIMESTAMPS),
+    plain("timestamptz(0)", TIMESTAMPS),
     plain("timestamptz(2)", TIMESTAMPS),
     plain(
         "interval",
@@ -237,13 +236,33 @@ impl Chosen {
         if self.array { format!("{}[]", self.of.name) } else { self.of.name.to_owned() }
     }
 
+    /// Values that an array holds and Debezium loses there, by way of Java's `Timestamp` and `BigDecimal` (`assets/cdc-types.md`).
+    fn lost_in_arrays(self, value: &str) -> bool {
+        let is_old = || ["BC", "0001-", "1582-", "infinity"].iter().any(|it| value.contains(it));
+        match self.of.name.split('(').next().unwrap_or_default() {
+            "time" => value.contains('.') || value.starts_with("24"),
+            "date" | "timestamp" | "timestamptz" => is_old(),
+            "numeric" => matches!(value, "NaN" | "Infinity" | "-Infinity"),
+            _ => false,
+        }
+    }
+
+    fn element(self, dice: &mut Dice) -> &'static str {
+        loop {
+            let value = dice.one_of(self.of.values);
+            if !self.lost_in_arrays(value) {
+                return value;
+            }
+        }
+    }
+
     pub(super) fn value(self, dice: &mut Dice) -> Option<String> {
         match (self.of.values, self.array) {
             ([], _) => None,
             (values, false) => Some((*dice.one_of(values)).to_owned()),
-            (values, true) => {
+            (_, true) => {
                 let n_elements = dice.below(4);
-                Some(array((0..n_elements).map(|_| (!dice.in_hundred(20)).then(|| *dice.one_of(values)))))
+                Some(array((0..n_elements).map(|_| (!dice.in_hundred(20)).then(|| self.element(dice)))))
             }
         }
     }
@@ -251,7 +270,7 @@ impl Chosen {
     /// Of some kilobytes that do not compress.
     pub(super) fn long_value(self, dice: &mut Dice) -> Option<String> {
         if self.array {
-            let values: Vec<&str> = (0..1500).map(|_| *dice.one_of(self.of.values)).collect();
+            let values: Vec<&str> = (0..1500).map(|_| self.element(dice)).collect();
             return Some(array(values.into_iter().map(Some)));
         }
         let length = 2500 + dice.below(5000);
