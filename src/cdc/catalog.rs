@@ -259,23 +259,20 @@ async fn kind_of(connection: &mut PgConnection, type_oid: u32, type_modifier: i3
     let (mut oid, mut modifier, mut in_array) = (type_oid, type_modifier, false);
     for _ in 0..TYPE_DEPTH_MAX {
         if let Some(kind) = values::built_in(oid, modifier) {
-            return Ok(match kind {
-                Kind::One(scalar) if in_array => Kind::Array(scalar),
-                kind => kind,
-            });
+            return Ok(kind);
         }
         let found: Option<(String, String, sqlx::postgres::types::Oid, i32, sqlx::postgres::types::Oid)> = sqlx::query_as(TYPE)
             .bind(sqlx::postgres::types::Oid(oid))
             .fetch_optional(&mut *connection)
             .await
             .map_err(|source| Error::Sql { what: "look up a type", source })?;
-        let scalar = |scalar| if in_array { Kind::Array(scalar) } else { Kind::One(scalar) };
         match found {
-            Some((_, class, base, base_modifier, _)) if class == "d" => (oid, modifier) = (base.0, base_modifier),
+            // Debezium does not follow what an array holds to what that is made of.
+            Some((_, class, base, base_modifier, _)) if class == "d" && !in_array => (oid, modifier) = (base.0, base_modifier),
             Some((.., element)) if element.0 != 0 => (oid, in_array) = (element.0, true),
-            Some((name, ..)) if name == "hstore" => return Ok(scalar(Scalar::Hstore)),
-            // Enums, citext, ltree, composites, and types dropped since: their text.
-            _ => return Ok(scalar(Scalar::Text)),
+            Some((name, class, ..)) => return Ok(values::made(&name, class == "e", in_array)),
+            // Dropped since: its text.
+            None => break,
         }
     }
     Ok(Kind::One(Scalar::Text))

@@ -43,7 +43,8 @@ pub(super) struct ColumnSpec {
 
 impl Table {
     pub(super) fn new(id: TableId, topic: String, specs: Vec<ColumnSpec>) -> Self {
-        let mut key: Vec<(i16, usize)> = specs.iter().enumerate().filter_map(|(at, spec)| Some((spec.key_place?, at))).collect();
+        let written = specs.iter().enumerate().filter(|(_, spec)| spec.kind != Kind::Omitted);
+        let mut key: Vec<(i16, usize)> = written.filter_map(|(at, spec)| Some((spec.key_place?, at))).collect();
         key.sort_unstable();
         let mut source_names = b",\"schema\":".to_vec();
         json::string(&mut source_names, &id.schema);
@@ -272,13 +273,18 @@ impl Envelope {
         self.spans.clear();
         out.push(b'{');
         for (place, (column, value)) in table.columns.iter().zip(row).enumerate() {
-            if place > 0 {
+            let value_before = before.as_mut().and_then(Iterator::next).transpose()?;
+            let value = value?;
+            if column.kind == Kind::Omitted {
+                self.spans.push((out.len(), out.len()));
+                continue;
+            }
+            if out.last() != Some(&b'{') {
                 out.push(b',');
             }
             out.extend_from_slice(&column.head);
             let start = out.len();
-            let value_before = before.as_mut().and_then(Iterator::next).transpose()?;
-            match (value?, value_before) {
+            match (value, value_before) {
                 (Value::Text(text), _) | (Value::Unchanged, Some(Value::Text(text))) => {
                     column.kind.write(out, text).map_err(|source| Poison::Value { column: column.name.clone(), source })?;
                 }

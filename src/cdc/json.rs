@@ -70,13 +70,17 @@ pub(super) fn integer(out: &mut Vec<u8>, number: impl itoa::Integer) {
 }
 
 /// As Java's `Double.toString`: `1.0E10`, `1.0E-5`, `100.0`; not-a-number and infinities are strings.
+///
+/// Java never writes less than two digits, and of those with two takes the nearest: `4.9E-324`, where the shortest would be `5E-324`.
 pub(super) fn double(out: &mut Vec<u8>, number: f64) {
-    floating(out, number, |out| write!(out, "{number:e}").is_ok());
+    let is_tiny = number != 0.0 && number.abs() < 1e-322;
+    floating(out, number, |out| if is_tiny { write!(out, "{number:.1e}") } else { write!(out, "{number:e}") }.is_ok());
 }
 
 /// As Java's `Float.toString`: the shortest digits that tell this `f32` from its neighbours.
 pub(super) fn float(out: &mut Vec<u8>, number: f32) {
-    floating(out, f64::from(number), |out| write!(out, "{number:e}").is_ok());
+    let is_tiny = number != 0.0 && number.abs() < 1e-44;
+    floating(out, f64::from(number), |out| if is_tiny { write!(out, "{number:.1e}") } else { write!(out, "{number:e}") }.is_ok());
 }
 
 fn floating(out: &mut Vec<u8>, number: f64, shortest: impl FnOnce(&mut Vec<u8>) -> bool) {
@@ -186,6 +190,8 @@ mod tests {
         assert_eq!([1e10, 1e-10, 0.1, 100.0, 0.0, -0.0, 123_456_789.123].map(shown), ["1.0E10", "1.0E-10", "0.1", "100.0", "0.0", "-0.0", "1.23456789123E8"]);
         assert_eq!([f64::MAX, 0.001, 0.000_99, 9_999_999.0, 1e7].map(shown), ["1.7976931348623157E308", "0.001", "9.9E-4", "9999999.0", "1.0E7"]);
         assert_eq!([f64::NAN, f64::NEG_INFINITY].map(shown), ["\"NaN\"", "\"-Infinity\""]);
+        assert_eq!([f64::from_bits(1), f64::from_bits(2), -f64::from_bits(3)].map(shown), ["4.9E-324", "9.9E-324", "-1.5E-323"]);
+        assert_eq!([f32::from_bits(1), f32::from_bits(3)].map(|it: f32| written(|out| float(out, it))), ["1.4E-45", "4.2E-45"]);
         assert_eq!([3.402_823_5e38, 16_777_216.0, -0.1].map(|it: f32| written(|out| float(out, it))), ["3.4028235E38", "1.6777216E7", "-0.1"]);
     }
 

@@ -35,6 +35,7 @@ mod pgoutput;
 mod prepare;
 mod progress;
 mod sending;
+mod shapes;
 mod slot;
 mod snapshot;
 mod source;

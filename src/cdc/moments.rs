@@ -6,9 +6,9 @@ use super::values::NotA;
 
 const MICROS: i64 = 1_000_000;
 const DAY_MICROS: i64 = 86_400 * MICROS;
-/// What PostgreSQL's JDBC driver, and so Debezium, makes of `infinity`.
-const INFINITY: i64 = 9_223_372_036_825_200_000;
-const MINUS_INFINITY: i64 = -9_223_372_036_832_400_000;
+/// What PostgreSQL's JDBC driver, and so Debezium, makes of `infinity` where it counts milliseconds.
+const INFINITY_MILLIS: i64 = 9_223_372_036_825_200_000;
+const MINUS_INFINITY_MILLIS: i64 = -9_223_372_036_832_400_000;
 
 /// Days since 1970 of `2026-02-28` or `0044-03-15 BC`. Infinities are the ends of the range.
 pub(super) fn days(text: &str) -> Result<i64, NotA> {
@@ -47,32 +47,46 @@ pub(super) fn time(text: &str) -> Result<(i64, &str), NotA> {
     Ok((micros, text.get(end..).ok_or(NOT)?))
 }
 
-/// Microseconds since 1970 of a timestamp without time zone.
+/// Microseconds since 1970 of a timestamp without time zone. The last 29 years that PostgreSQL knows do not fit: they are its largest.
 pub(super) fn timestamp(text: &str) -> Result<i64, NotA> {
-    const NOT: NotA = NotA("a timestamp");
     match text {
-        "infinity" => return Ok(INFINITY),
-        "-infinity" => return Ok(MINUS_INFINITY),
-        _ => {}
+        "infinity" => Ok(i64::MAX),
+        "-infinity" => Ok(i64::MIN),
+        _ => {
+            let (days, micros) = day_and_time(text)?;
+            Ok(days.saturating_mul(DAY_MICROS).saturating_add(micros))
+        }
     }
-    let (date, rest) = Date::split(text)?;
-    let (micros, rest) = time(rest.strip_prefix(' ').ok_or(NOT)?)?;
-    let days = date.before_christ(rest)?.days()?;
-    days.checked_mul(DAY_MICROS).and_then(|it| it.checked_add(micros)).ok_or(NOT)
 }
 
-/// `2026-03-01 12:34:56.5+00` → `"2026-03-01T12:34:56.500000Z"`: always six digits.
-pub(super) fn write_timestamp_utc(out: &mut Vec<u8>, text: &str) -> Result<(), NotA> {
+/// The same in milliseconds.
+pub(super) fn timestamp_millis(text: &str) -> Result<i64, NotA> {
+    match text {
+        "infinity" => Ok(INFINITY_MILLIS),
+        "-infinity" => Ok(MINUS_INFINITY_MILLIS),
+        _ => {
+            let (days, micros) = day_and_time(text)?;
+            Ok(days * (DAY_MICROS / 1000) + micros / 1000)
+        }
+    }
+}
+
+/// Days since 1970, and microseconds of the day.
+fn day_and_time(text: &str) -> Result<(i64, i64), NotA> {
+    let (date, rest) = Date::split(text)?;
+    let (micros, rest) = time(rest.strip_prefix(' ').ok_or(NotA("a timestamp"))?)?;
+    Ok((date.before_christ(rest)?.days()?, micros))
+}
+
+/// `2026-03-01 12:34:56.5+00` → `"2026-03-01T12:34:56.500000Z"`: always as many digits as the type has.
+pub(super) fn write_timestamp_utc(out: &mut Vec<u8>, text: &str, digits: u8) -> Result<(), NotA> {
     const NOT: NotA = NotA("a timestamp with time zone");
     if let Some((day, clock, fraction)) = usual_utc(text.as_bytes()) {
         out.push(b'"');
         out.extend_from_slice(day);
         out.push(b'T');
         out.extend_from_slice(clock);
-        out.push(b'.');
-        out.extend_from_slice(fraction);
-        out.extend_from_slice(&b"000000"[fraction.len()..]);
-        out.extend_from_slice(b"Z\"");
+        write_fraction(out, fraction, digits);
         return Ok(());
     }
     if text == "infinity" || text == "-infinity" {
@@ -81,24 +95,25 @@ pub(super) fn write_timestamp_utc(out: &mut Vec<u8>, text: &str) -> Result<(), N
     }
     let (mut date, rest) = Date::split(text)?;
     let clock = rest.strip_prefix(' ').ok_or(NOT)?;
-    let (micros, zone) = time(clock)?;
+    let (_, zone) = time(clock)?;
     let after = zone.strip_prefix("+00").ok_or(NOT)?;
     date = date.before_christ(after)?;
     out.push(b'"');
     date.write(out);
     out.push(b'T');
-    let Some(digits) = clock.get(..8) else { return Err(NOT) };
-    out.extend_from_slice(digits.as_bytes());
-    out.push(b'.');
-    let mut fraction = [b'0'; 6];
-    let mut left = micros % MICROS;
-    for place in fraction.iter_mut().rev() {
-        *place = b'0' + u8::try_from(left % 10).unwrap_or(0);
-        left /= 10;
-    }
-    out.extend_from_slice(&fraction);
-    out.extend_from_slice(b"Z\"");
+    let (seconds, fraction) = clock.strip_suffix(zone).and_then(|it| it.split_at_checked(8)).ok_or(NOT)?;
+    out.extend_from_slice(seconds.as_bytes());
+    write_fraction(out, fraction.trim_start_matches('.').as_bytes(), digits);
     Ok(())
+}
+
+/// `.500000Z"`: PostgreSQL leaves zeros at the end out, Java does not.
+fn write_fraction(out: &mut Vec<u8>, fraction: &[u8], digits: u8) {
+    if digits > 0 {
+        out.push(b'.');
+        out.extend((0..usize::from(digits)).map(|at| fraction.get(at).copied().unwrap_or(b'0')));
+    }
+    out.extend_from_slice(b"Z\"");
 }
 
 /// Day, clock and up to six digits of a timestamp in UTC with a year of four digits: those of nearly every row, which
@@ -112,7 +127,7 @@ fn usual_utc(text: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     usual.then_some((day, clock, fraction))
 }
 
-/// `12:34:56.789+05:30` → `"07:04:56.789Z"`: in UTC, no more digits than needed.
+/// `12:34:56.789+05:30` → `"07:04:56.789Z"`: in UTC, no more digits than needed. Midnight as the end of a day stays its end in UTC.
 pub(super) fn write_time_utc(out: &mut Vec<u8>, text: &str) -> Result<(), NotA> {
     let (micros, zone) = time(text)?;
     let (sign, offset) = zone.split_at_checked(1).ok_or(NotA("a time with time zone"))?;
@@ -121,7 +136,10 @@ pub(super) fn write_time_utc(out: &mut Vec<u8>, text: &str) -> Result<(), NotA> 
         seconds += part.parse::<i64>().map_err(|_| NotA("a time with time zone"))?.checked_mul(unit).ok_or(NotA("a time with time zone"))?;
     }
     let east = if sign == "-" { -seconds } else { seconds };
-    let micros = (micros - east.checked_mul(MICROS).ok_or(NotA("a time with time zone"))?).rem_euclid(DAY_MICROS);
+    let micros = match micros - east.checked_mul(MICROS).ok_or(NotA("a time with time zone"))? {
+        DAY_MICROS if east == 0 => DAY_MICROS,
+        micros => micros.rem_euclid(DAY_MICROS),
+    };
     let (seconds, fraction) = (micros / MICROS, micros % MICROS);
     let written = write!(out, "\"{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60);
     debug_assert!(written.is_ok(), "writing to memory cannot fail");
@@ -136,42 +154,39 @@ pub(super) fn write_time_utc(out: &mut Vec<u8>, text: &str) -> Result<(), NotA> 
     Ok(())
 }
 
-/// Microseconds of `1 year 2 mons 3 days 04:05:06.789`.
+/// Microseconds of `1 year 2 mons 3 days 04:05:06.789`, in floating point as Debezium reckons them: far from zero the last digits are
+/// those of a double, and what is too long is the longest.
 pub(super) fn interval(text: &str) -> Result<i64, NotA> {
     const NOT: NotA = NotA("an interval");
-    /// 365.25 days a year, a twelfth of it a month.
-    const MONTH_MICROS: i64 = DAY_MICROS / 10_000 * 304_375;
-    let mut micros = 0_i64;
-    let mut add = |count: i64, unit: i64| {
-        micros = count.checked_mul(unit).and_then(|it| micros.checked_add(it)).ok_or(NOT)?;
-        Ok(())
-    };
+    /// 365.25 days a year.
+    const MONTH_DAYS: f64 = 30.4375;
+    let whole = |text: &str| text.parse::<i32>().map(f64::from).map_err(|_| NOT);
+    let (mut months, mut days, mut hours, mut minutes, mut seconds) = (0.0, 0.0, 0.0, 0.0, 0.0);
     let mut words = text.split(' ');
     while let Some(word) = words.next() {
         if word.contains(':') {
-            let (negative, clock) = match word.strip_prefix('-') {
-                Some(clock) => (true, clock),
-                None => (false, word.strip_prefix('+').unwrap_or(word)),
+            let (sign, clock) = match word.strip_prefix('-') {
+                Some(clock) => (-1.0, clock),
+                None => (1.0, word.strip_prefix('+').unwrap_or(word)),
             };
-            // Hours of an interval may have more than two digits; the rest reads as a time of day.
-            let (hours, rest) = clock.split_once(':').ok_or(NOT)?;
-            let hours: i64 = hours.parse().map_err(|_| NOT)?;
-            let minutes = time(&format!("00:{rest}")).map_err(|_| NOT)?.0;
-            let sign = if negative { -1 } else { 1 };
-            add(hours, sign * 3600 * MICROS)?;
-            add(minutes, sign)?;
+            let mut parts = clock.splitn(3, ':');
+            let mut part = || parts.next().filter(|it| it.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')).ok_or(NOT);
+            hours = sign * whole(part()?)?;
+            minutes = sign * whole(part()?)?;
+            seconds = sign * part()?.parse::<f64>().map_err(|_| NOT)?;
             continue;
         }
-        let count: i64 = word.parse().map_err(|_| NOT)?;
-        let unit = words.next().ok_or(NOT)?;
-        match unit.trim_end_matches('s') {
-            "year" => add(count, 12 * MONTH_MICROS)?,
-            "mon" => add(count, MONTH_MICROS)?,
-            "day" => add(count, DAY_MICROS)?,
+        let count = whole(word)?;
+        match words.next().ok_or(NOT)?.trim_end_matches('s') {
+            "year" => months += count * 12.0,
+            "mon" => months += count,
+            "day" => days += count,
             _ => return Err(NOT),
         }
     }
-    Ok(micros)
+    days += months * MONTH_DAYS;
+    // What does not fit is the largest number that does, here and in Java.
+    Ok(((((days * 24.0 + hours) * 60.0 + minutes) * 60.0 + seconds) * 1e6) as i64)
 }
 
 /// A day of the proleptic Gregorian calendar; the year before 1 is 0.
@@ -268,22 +283,28 @@ mod tests {
         assert_eq!(timestamp("1969-12-31 23:59:59.999999"), Ok(-1));
         assert_eq!(timestamp("0044-03-15 12:00:00 BC"), Ok(-63_517_780_800_000_000));
         assert_eq!(timestamp("9999-12-31 23:59:59.999999"), Ok(253_402_300_799_999_999));
+        assert_eq!([timestamp("infinity"), timestamp("294276-12-31 23:59:59.999999")], [Ok(i64::MAX), Ok(i64::MAX)]);
+        assert_eq!(timestamp_millis("294276-12-31 23:59:59.999"), Ok(9_224_318_015_999_999));
+        assert_eq!(timestamp_millis("1969-12-31 23:59:59.999"), Ok(-1));
     }
 
     #[test]
     fn instants_are_iso_strings_with_six_digits() {
-        let shown = |text| written(|out| write_timestamp_utc(out, text));
+        let shown = |text| written(|out| write_timestamp_utc(out, text, 6));
         assert_eq!(shown("2026-01-03 10:00:00.5+00"), "\"2026-01-03T10:00:00.500000Z\"");
         assert_eq!(shown("1900-01-01 00:00:00+00"), "\"1900-01-01T00:00:00.000000Z\"");
         assert_eq!(shown("0044-03-15 12:00:00+00 BC"), "\"-0043-03-15T12:00:00.000000Z\"");
         assert_eq!(shown("-infinity"), "\"-infinity\"");
-        assert!(write_timestamp_utc(&mut Vec::new(), "2026-01-03 10:00:00+01").is_err());
+        let short = |text, digits| written(|out| write_timestamp_utc(out, text, digits));
+        assert_eq!(short("2026-01-03 10:00:00.5+00", 2), "\"2026-01-03T10:00:00.50Z\"");
+        assert_eq!(short("12026-01-03 10:00:00.5+00", 1), "\"+12026-01-03T10:00:00.5Z\"");
+        assert!(write_timestamp_utc(&mut Vec::new(), "2026-01-03 10:00:00+01", 6).is_err());
     }
 
     #[test]
     fn times_of_day_are_moved_to_utc() {
         let shown = |text| written(|out| write_time_utc(out, text));
-        assert_eq!(["12:34:56.789+05:30", "24:00:00+00", "23:59:59.9999-08"].map(shown), ["\"07:04:56.789Z\"", "\"00:00:00Z\"", "\"07:59:59.9999Z\""]);
+        assert_eq!(["12:34:56.789+05:30", "24:00:00+00", "23:59:59.9999-08"].map(shown), ["\"07:04:56.789Z\"", "\"24:00:00Z\"", "\"07:59:59.9999Z\""]);
     }
 
     #[test]
@@ -291,5 +312,8 @@ mod tests {
         assert_eq!(interval("1 year 2 mons 3 days 04:05:06.789"), Ok(37_091_106_789_000));
         assert_eq!(interval("-1 days +02:03:00"), Ok(-79_020_000_000));
         assert_eq!(interval("100:00:00"), Ok(360_000_000_000));
+        // 273906.79 s are a little less in a double.
+        assert_eq!(interval("3 days 04:05:06.79"), Ok(273_906_789_999));
+        assert_eq!([interval("178000000 years"), interval("-00:00:00.000001")], [Ok(i64::MAX), Ok(-1)]);
     }
 }

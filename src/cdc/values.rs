@@ -3,7 +3,7 @@
 //! The text is what a session with `TimeZone=UTC DateStyle=ISO IntervalStyle=postgres extra_float_digits=3
 //! bytea_output=hex` prints: both the walsender and the snapshot's COPY run with these, so a row reads the same from either.
 
-use super::{json, moments};
+use super::{json, moments, shapes::Shape};
 
 /// A text its type cannot have. The row that holds it goes to the dead letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -25,7 +25,7 @@ pub(super) enum Scalar {
     Bytes,
     /// `bit(1)`: a boolean.
     Bit,
-    /// Other bit strings: base64 of the bits, lowest byte first.
+    /// Other bit strings: base64 of the bits, lowest byte first, without the zeros behind the last.
     Bits,
     /// Days since 1970.
     Date,
@@ -34,10 +34,11 @@ pub(super) enum Scalar {
     TimeWithZone,
     TimestampMillis,
     TimestampMicros,
-    TimestampWithZone,
+    /// ISO 8601, with so many digits of a second.
+    TimestampWithZone(u8),
     /// Microseconds; a month counts 30.4375 days.
     Interval,
-    Point,
+    Shape(Shape),
     Hstore,
 }
 
@@ -45,69 +46,115 @@ pub(super) enum Scalar {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     One(Scalar),
-    Array(Scalar),
+    /// With what stands for an array that the stream left out.
+    Array(Scalar, Unavailable),
+    /// Always null: Debezium has a field for such a column, and no value.
+    Null,
+    /// No field: Debezium does not know the type (`include.unknown.datatypes=false`).
+    Omitted,
 }
 
-/// Type, its array type, how it is written where the type modifier does not matter. Everything not listed is text.
-const TYPES: &[(u32, u32, Scalar)] = &[
-    (16, 1000, Scalar::Boolean),
-    (17, 1001, Scalar::Bytes),
-    (20, 1016, Scalar::Integer),
-    (21, 1005, Scalar::Integer),
-    (23, 1007, Scalar::Integer),
-    (26, 1028, Scalar::Integer),
-    (700, 1021, Scalar::Float),
-    (701, 1022, Scalar::Double),
-    (790, 791, Scalar::Money),
-    (600, 1017, Scalar::Point),
-    (1082, 1182, Scalar::Date),
-    (1083, 1183, Scalar::TimeMicros),
-    (1266, 1270, Scalar::TimeWithZone),
-    (1114, 1115, Scalar::TimestampMicros),
-    (1184, 1185, Scalar::TimestampWithZone),
-    (1186, 1187, Scalar::Interval),
-    (1560, 1561, Scalar::Bits),
-    (1562, 1563, Scalar::Bits),
-    // Text, listed because their arrays must be known as arrays.
-    (18, 1002, Scalar::Text),
-    (19, 1003, Scalar::Text),
-    (25, 1009, Scalar::Text),
-    (114, 199, Scalar::Text),
-    (142, 143, Scalar::Text),
-    (650, 651, Scalar::Text),
-    (774, 775, Scalar::Text),
-    (829, 1040, Scalar::Text),
-    (869, 1041, Scalar::Text),
-    (1042, 1014, Scalar::Text),
-    (1043, 1015, Scalar::Text),
-    (1700, 1231, Scalar::Text),
-    (2950, 2951, Scalar::Text),
-    (3614, 3643, Scalar::Text),
-    (3802, 3807, Scalar::Text),
-    (3904, 3905, Scalar::Text),
-    (3906, 3907, Scalar::Text),
-    (3908, 3909, Scalar::Text),
-    (3910, 3911, Scalar::Text),
-    (3912, 3913, Scalar::Text),
-    (3926, 3927, Scalar::Text),
+/// What stands for an array the change did not touch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unavailable {
+    Null,
+    /// The placeholder as its one element.
+    Text,
+    Bytes,
+    Uuid,
+    /// The placeholder's bytes, each a number.
+    Numbers,
+}
+
+/// Type, its array type, how it is written where the type modifier does not matter, and what stands for an unavailable array.
+const TYPES: &[(u32, u32, Scalar, Unavailable)] = &[
+    (16, 1000, Scalar::Boolean, Unavailable::Null),
+    (17, 1001, Scalar::Bytes, Unavailable::Bytes),
+    (20, 1016, Scalar::Integer, Unavailable::Numbers),
+    (21, 1005, Scalar::Integer, Unavailable::Null),
+    (23, 1007, Scalar::Integer, Unavailable::Numbers),
+    (26, 1028, Scalar::Integer, Unavailable::Null),
+    (700, 1021, Scalar::Float, Unavailable::Null),
+    (701, 1022, Scalar::Double, Unavailable::Null),
+    (1082, 1182, Scalar::Date, Unavailable::Numbers),
+    (1083, 1183, Scalar::TimeMicros, Unavailable::Null),
+    (1266, 1270, Scalar::TimeWithZone, Unavailable::Null),
+    (1114, 1115, Scalar::TimestampMicros, Unavailable::Null),
+    (1184, 1185, Scalar::TimestampWithZone(6), Unavailable::Null),
+    (18, 1002, Scalar::Text, Unavailable::Null),
+    (25, 1009, Scalar::Text, Unavailable::Text),
+    (114, 199, Scalar::Text, Unavailable::Text),
+    (142, 143, Scalar::Text, Unavailable::Null),
+    (650, 651, Scalar::Text, Unavailable::Null),
+    (774, 775, Scalar::Text, Unavailable::Null),
+    (829, 1040, Scalar::Text, Unavailable::Null),
+    (869, 1041, Scalar::Text, Unavailable::Null),
+    (1042, 1014, Scalar::Text, Unavailable::Text),
+    (1043, 1015, Scalar::Text, Unavailable::Text),
+    (1700, 1231, Scalar::Text, Unavailable::Null),
+    (2950, 2951, Scalar::Text, Unavailable::Uuid),
+    (3802, 3807, Scalar::Text, Unavailable::Text),
+    (3904, 3905, Scalar::Text, Unavailable::Null),
+    (3906, 3907, Scalar::Text, Unavailable::Null),
+    (3908, 3909, Scalar::Text, Unavailable::Null),
+    (3910, 3911, Scalar::Text, Unavailable::Null),
+    (3912, 3913, Scalar::Text, Unavailable::Null),
+    (3926, 3927, Scalar::Text, Unavailable::Null),
 ];
 
-/// How a built-in type is written; None for types made by `CREATE TYPE` or an extension.
+/// Type, its array type, how one is written, and what Debezium makes of arrays of it.
+const ALONE: &[(u32, u32, Scalar, Kind)] = &[
+    (790, 791, Scalar::Money, Kind::Omitted),
+    (1186, 1187, Scalar::Interval, Kind::Omitted),
+    (1560, 1561, Scalar::Bits, Kind::Null),
+    (1562, 1563, Scalar::Bits, Kind::Omitted),
+    (3614, 3643, Scalar::Text, Kind::Null),
+    (600, 1017, Scalar::Shape(Shape::Point), Kind::Omitted),
+    (628, 629, Scalar::Shape(Shape::Line), Kind::Null),
+    (601, 1018, Scalar::Shape(Shape::Segment), Kind::Null),
+    (603, 1020, Scalar::Shape(Shape::Box), Kind::Null),
+    (602, 1019, Scalar::Shape(Shape::Path), Kind::Null),
+    (604, 1027, Scalar::Shape(Shape::Polygon), Kind::Null),
+    (718, 719, Scalar::Shape(Shape::Circle), Kind::Null),
+];
+
+/// How a built-in type is written; None for types made by `CREATE TYPE` or an extension, and those Debezium does not know.
 pub(super) fn built_in(type_oid: u32, modifier: i32) -> Option<Kind> {
-    TYPES.iter().find_map(|(one, array, scalar)| {
-        let scalar = by_modifier(type_oid == *one || type_oid == *array, *one, *scalar, modifier)?;
-        Some(if type_oid == *one { Kind::One(scalar) } else { Kind::Array(scalar) })
+    let both = TYPES.iter().find_map(|(one, array, scalar, unavailable)| {
+        let scalar = by_modifier(*scalar, modifier);
+        (type_oid == *one).then_some(Kind::One(scalar)).or((type_oid == *array).then_some(Kind::Array(scalar, *unavailable)))
+    });
+    both.or_else(|| {
+        ALONE.iter().find_map(|(one, array, scalar, of_arrays)| {
+            (type_oid == *one).then(|| Kind::One(by_modifier(*scalar, modifier))).or((type_oid == *array).then_some(*of_arrays))
+        })
     })
+}
+
+/// How a type is written that somebody made, or an extension, or an array of it.
+pub(super) fn made(name: &str, is_enum: bool, in_array: bool) -> Kind {
+    let (scalar, of_arrays) = match name {
+        _ if is_enum => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
+        "hstore" => (Scalar::Hstore, Kind::Array(Scalar::Hstore, Unavailable::Null)),
+        "citext" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
+        "ltree" | "isbn" | "isbn13" | "issn" | "issn13" | "ismn" | "ismn13" | "ean13" | "upc" => (Scalar::Text, Kind::Null),
+        // PostGIS: its own text.
+        "geometry" | "geography" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
+        // Composite types, ranges of somebody's own, and of the built-in ones `name`, `xid`, `pg_lsn`, multiranges and the like.
+        _ => return Kind::Omitted,
+    };
+    if in_array { of_arrays } else { Kind::One(scalar) }
 }
 
 /// Debezium's adaptive precision: up to milliseconds a time is in milliseconds; a single bit is a boolean.
-fn by_modifier(wanted: bool, type_oid: u32, scalar: Scalar, modifier: i32) -> Option<Scalar> {
-    wanted.then_some(match (scalar, modifier) {
+fn by_modifier(scalar: Scalar, modifier: i32) -> Scalar {
+    match (scalar, modifier) {
         (Scalar::TimeMicros, 0..=3) => Scalar::TimeMillis,
         (Scalar::TimestampMicros, 0..=3) => Scalar::TimestampMillis,
-        (Scalar::Bits, 1) if type_oid == 1560 => Scalar::Bit,
+        (Scalar::TimestampWithZone(_), 0..=5) => Scalar::TimestampWithZone(u8::try_from(modifier).unwrap_or(6)),
+        (Scalar::Bits, 1) => Scalar::Bit,
         _ => scalar,
-    })
+    }
 }
 
 /// What stands for a TOASTed value the change did not touch.
@@ -118,25 +165,37 @@ impl Kind {
     pub(super) fn write(self, out: &mut Vec<u8>, text: &str) -> Result<(), NotA> {
         match self {
             Self::One(scalar) => scalar.write(out, text),
-            Self::Array(scalar) => array(out, text, scalar),
+            Self::Array(scalar, _) => array(out, text, scalar),
+            Self::Null | Self::Omitted => {
+                out.extend_from_slice(b"null");
+                Ok(())
+            }
         }
     }
 
     /// Appends what stands for a value the stream left out.
     pub(super) fn write_unavailable(self, out: &mut Vec<u8>) {
+        /// Java's UUID of the placeholder's bytes.
+        const UUID: &[u8] = b"[\"b68a35a7-17ad-35b3-af2a-ae46edb4545a\"]";
         match self {
-            Self::One(Scalar::Bytes | Scalar::Bits) => json::base64(out, UNAVAILABLE.bytes()),
+            Self::One(Scalar::Bytes) => json::base64(out, UNAVAILABLE.bytes()),
+            Self::One(Scalar::Bits | Scalar::Shape(_)) | Self::Array(_, Unavailable::Null) | Self::Null | Self::Omitted => out.extend_from_slice(b"null"),
+            Self::One(Scalar::Hstore) => json::string(out, &format!("{{\"{UNAVAILABLE}\":\"{UNAVAILABLE}\"}}")),
             Self::One(_) => json::string(out, UNAVAILABLE),
-            Self::Array(Scalar::Integer) => {
+            Self::Array(_, Unavailable::Uuid) => out.extend_from_slice(UUID),
+            Self::Array(_, Unavailable::Numbers) => {
                 for (place, byte) in UNAVAILABLE.bytes().enumerate() {
                     out.push(if place == 0 { b'[' } else { b',' });
                     json::integer(out, byte);
                 }
                 out.push(b']');
             }
-            Self::Array(_) => {
+            Self::Array(_, unavailable) => {
                 out.push(b'[');
-                json::string(out, UNAVAILABLE);
+                match unavailable {
+                    Unavailable::Bytes => json::base64(out, UNAVAILABLE.bytes()),
+                    _ => json::string(out, UNAVAILABLE),
+                }
                 out.push(b']');
             }
         }
@@ -145,13 +204,14 @@ impl Kind {
     /// Appends what Debezium puts into a NOT NULL column of which the stream tells nothing (REPLICA IDENTITY DEFAULT).
     pub(super) fn write_absent(self, out: &mut Vec<u8>) {
         let text: &[u8] = match self {
-            Self::Array(_) => b"[]",
+            Self::Null | Self::Omitted => b"null",
+            Self::Array(..) => b"[]",
             Self::One(Scalar::Boolean | Scalar::Bit) => b"false",
             Self::One(Scalar::Float | Scalar::Double) => b"0.0",
-            Self::One(Scalar::TimestampWithZone) => b"\"1970-01-01T00:00:00.000000Z\"",
+            Self::One(Scalar::TimestampWithZone(_)) => b"\"1970-01-01T00:00:00.000000Z\"",
             Self::One(Scalar::TimeWithZone) => b"\"00:00:00Z\"",
             Self::One(Scalar::Text | Scalar::Money | Scalar::Bytes | Scalar::Bits | Scalar::Hstore) => b"\"\"",
-            Self::One(Scalar::Point) => b"{\"x\":0.0,\"y\":0.0,\"wkb\":\"\",\"srid\":null}",
+            Self::One(Scalar::Shape(_)) => b"{\"x\":0.0,\"y\":0.0,\"wkb\":\"\",\"srid\":null}",
             Self::One(_) => b"0",
         };
         out.extend_from_slice(text);
@@ -173,11 +233,11 @@ impl Scalar {
             Self::TimeMillis => json::integer(out, moments::time(text)?.0 / 1000),
             Self::TimeMicros => json::integer(out, moments::time(text)?.0),
             Self::TimeWithZone => moments::write_time_utc(out, text)?,
-            Self::TimestampMillis => json::integer(out, moments::timestamp(text)?.div_euclid(1000)),
+            Self::TimestampMillis => json::integer(out, moments::timestamp_millis(text)?),
             Self::TimestampMicros => json::integer(out, moments::timestamp(text)?),
-            Self::TimestampWithZone => moments::write_timestamp_utc(out, text)?,
+            Self::TimestampWithZone(digits) => moments::write_timestamp_utc(out, text, digits)?,
             Self::Interval => json::integer(out, moments::interval(text)?),
-            Self::Point => point(out, text)?,
+            Self::Shape(shape) => shape.write(out, text)?,
             Self::Hstore => hstore(out, text)?,
         }
         Ok(())
@@ -197,6 +257,8 @@ fn truth(text: &str) -> Result<&'static [u8], NotA> {
     match text {
         "t" | "1" => Ok(b"true"),
         "f" | "0" => Ok(b"false"),
+        // A `bit varying(1)` may have none.
+        "" => Ok(b"null"),
         _ => Err(NotA("a boolean")),
     }
 }
@@ -221,22 +283,7 @@ fn bits(text: &str) -> Result<impl Iterator<Item = u8>, NotA> {
     if !text.bytes().all(|byte| matches!(byte, b'0' | b'1')) {
         return Err(NotA("a bit string"));
     }
-    Ok(text.as_bytes().rchunks(8).map(|eight| eight.iter().fold(0, |byte, bit| byte << 1 | (bit - b'0'))))
-}
-
-/// `(1.5,2.5)` with its well-known binary form beside it.
-fn point(out: &mut Vec<u8>, text: &str) -> Result<(), NotA> {
-    let inner = text.strip_prefix('(').and_then(|it| it.strip_suffix(')')).ok_or(NotA("a point"))?;
-    let (x, y) = inner.split_once(',').ok_or(NotA("a point"))?;
-    let (x, y): (f64, f64) = (x.parse().map_err(|_| NotA("a point"))?, y.parse().map_err(|_| NotA("a point"))?);
-    out.extend_from_slice(b"{\"x\":");
-    json::double(out, x);
-    out.extend_from_slice(b",\"y\":");
-    json::double(out, y);
-    out.extend_from_slice(b",\"wkb\":");
-    json::base64(out, [1, 1, 0, 0, 0].into_iter().chain(x.to_le_bytes()).chain(y.to_le_bytes()));
-    out.extend_from_slice(b",\"srid\":null}");
-    Ok(())
+    Ok(text.trim_start_matches('0').as_bytes().rchunks(8).map(|eight| eight.iter().fold(0, |byte, bit| byte << 1 | (bit - b'0'))))
 }
 
 /// `"a"=>"1", "b"=>NULL` → a string of JSON.
@@ -352,6 +399,9 @@ mod tests {
             (1560, 1, "1", "true"),
             (1560, 5, "10101", "\"FQ==\""),
             (1562, -1, "1100000001", "\"AQM=\""),
+            (1560, 11, "00000000001", "\"AQ==\""),
+            (1562, 1, "", "null"),
+            (1561, 3, "{101}", "null"),
             (1083, -1, "23:59:59.123456", "86399123456"),
             (1083, 3, "01:02:03.456", "3723456"),
             (1114, 0, "2026-02-28 23:59:59", "1772323199000"),
@@ -388,13 +438,13 @@ mod tests {
         Kind::One(Scalar::TimeWithZone),
         Kind::One(Scalar::TimestampMillis),
         Kind::One(Scalar::TimestampMicros),
-        Kind::One(Scalar::TimestampWithZone),
+        Kind::One(Scalar::TimestampWithZone(6)),
         Kind::One(Scalar::Interval),
-        Kind::One(Scalar::Point),
+        Kind::One(Scalar::Shape(Shape::Circle)),
         Kind::One(Scalar::Hstore),
-        Kind::Array(Scalar::Integer),
-        Kind::Array(Scalar::Text),
-        Kind::Array(Scalar::TimestampWithZone),
+        Kind::Array(Scalar::Integer, Unavailable::Numbers),
+        Kind::Array(Scalar::Text, Unavailable::Text),
+        Kind::Array(Scalar::TimestampWithZone(0), Unavailable::Null),
     ];
 
     proptest! {

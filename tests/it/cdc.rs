@@ -7,6 +7,8 @@ mod contract;
 mod days;
 #[cfg(feature = "stack")]
 mod debezium;
+#[cfg(feature = "stack")]
+mod differential;
 mod encrypted;
 mod house;
 mod refusals;

@@ -36,6 +36,10 @@ fn expected(message: &Golden) -> Comparable {
         );
         value
             .replace("\"c_int_arr\":[null,null]", "\"c_int_arr\":[[1,2],[3,4]]")
+            // 3.7 writes these so, 3.6.3 did not.
+            .replace("\"c_timestamp\":9223372036825200000", "\"c_timestamp\":9223372036854775807")
+            .replace("\"c_timestamp\":-9223372036832400000", "\"c_timestamp\":-9223372036854775808")
+            .replace("\"c_timetz\":\"00:00:00Z\"", "\"c_timetz\":\"24:00:00Z\"")
             // The same day wraps round to another number in the stream and in a snapshot.
             .replace("\"c_date\":-2147472692", "\"c_date\":2147483647")
             .replace("\"c_date\":-622191234", "\"c_date\":2147483647")

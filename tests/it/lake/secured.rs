@@ -48,7 +48,7 @@ async fn send(access: &Access, topic: &str) {
     let producer = Producer::new(access, 1 << 20).expect("a producer");
     let receipt = Receipt::open();
     let value = Some(&br#"{"op":"c"}"#[..]);
-    let outgoing = Outgoing { topic, partition: Some(0), key: None, value, headers: &[], timestamp_ms: chrono::Utc::now().timestamp_millis() };
+    let outgoing = Outgoing { topic, partition: Some(0), key: None, value, headers: None, timestamp_ms: chrono::Utc::now().timestamp_millis() };
     producer.send(outgoing, &receipt).await.expect("queued");
     producer.seal(&receipt);
     tokio::time::timeout(WAIT, producer.acked(&receipt)).await.expect("in time").expect("acknowledged");

@@ -1,0 +1,137 @@
+//! What both engines wrote, beside each other: byte by byte, but for what no two captures have in common.
+
+use serde_json::Value;
+
+use super::run::{Topics, Written, schema};
+use crate::cdc::house::{masked, without_times};
+
+/// The first message of a topic that is another one.
+#[derive(Debug, Clone)]
+pub(super) struct Difference {
+    pub(super) topic: String,
+    pub(super) what: String,
+}
+
+impl Difference {
+    /// Whether it is on a topic of that case, or about a transaction that changed its tables.
+    pub(super) fn concerns(&self, place: usize) -> bool {
+        let head = format!("{}.", schema(place));
+        self.topic.starts_with(&head) || self.what.contains(&format!("\"{head}"))
+    }
+}
+
+type Comparable = (Option<String>, Option<String>, Vec<(String, String)>);
+
+/// All topics on which the engines differ.
+pub(super) fn differences(ours: &Topics, theirs: &Topics) -> Vec<Difference> {
+    let mut topics: Vec<&String> = ours.keys().chain(theirs.keys()).collect();
+    topics.sort();
+    topics.dedup();
+    let none = Vec::new();
+    let difference = |topic: &String| {
+        let ours: Vec<Comparable> = ours.get(topic).unwrap_or(&none).iter().map(|it| comparable(it)).collect();
+        let theirs: Vec<Comparable> = theirs.get(topic).unwrap_or(&none).iter().map(|it| as_we_write(comparable(it))).collect();
+        let what = first_difference(&ours, &theirs)?;
+        Some(Difference { topic: topic.clone(), what })
+    };
+    topics.into_iter().filter_map(difference).collect()
+}
+
+/// Both read the same WAL, so LSNs, transaction ids and commit times are equal; only a snapshot is each engine's own.
+fn comparable(written: &Written) -> Comparable {
+    let value = written.value.as_deref().map(|value| {
+        let value = without_version(&without_times(value));
+        if value.contains("\"op\":\"r\"") { masked(&value) } else { value }
+    });
+    let header = |(name, value): &(String, String)| match name.ends_with(".runId") {
+        true => (name.clone(), String::new()),
+        false => (name.clone(), value.clone()),
+    };
+    (written.key.clone(), value, written.headers.iter().map(header).collect())
+}
+
+fn without_version(value: &str) -> String {
+    const HEAD: &str = "\"source\":{\"version\":\"";
+    let Some(at) = value.find(HEAD).map(|it| it + HEAD.len()) else { return value.to_owned() };
+    let end = value[at..].find('"').map_or(value.len(), |it| at + it);
+    format!("{}{}", &value[..at], &value[end..])
+}
+
+/// Debezium's accidents of Java (`tests/golden/README.md`), as we write them.
+fn as_we_write((key, value, headers): Comparable) -> Comparable {
+    let value = value
+        .map(|value| value.replace("\"NAN\"", "\"NaN\"").replace("\"POSITIVE_INFINITY\"", "\"Infinity\"").replace("\"NEGATIVE_INFINITY\"", "\"-Infinity\""));
+    (key, value, headers)
+}
+
+fn first_difference(ours: &[Comparable], theirs: &[Comparable]) -> Option<String> {
+    let at = ours.iter().zip(theirs).position(|(ours, theirs)| ours != theirs).unwrap_or(ours.len().min(theirs.len()));
+    let counts = format!("message {} of {} and {}", at + 1, ours.len(), theirs.len());
+    match (ours.get(at), theirs.get(at)) {
+        (None, None) => None,
+        (Some(ours), Some(theirs)) => Some(format!("{counts}\n{}", told(ours, theirs))),
+        (Some(ours), None) => Some(format!("{counts}\n  only ours: {}", short(&format!("{ours:?}")))),
+        (None, Some(theirs)) => Some(format!("{counts}\n  only Debezium's: {}", short(&format!("{theirs:?}")))),
+    }
+}
+
+/// Where two messages differ: the fields, or where the fields are equal the bytes.
+fn told(ours: &Comparable, theirs: &Comparable) -> String {
+    let mut told = String::new();
+    if ours.2 != theirs.2 {
+        told += &format!("  headers: ours {:?}, Debezium's {:?}\n", ours.2, theirs.2);
+    }
+    for (name, ours, theirs) in [("key", &ours.0, &theirs.0), ("value", &ours.1, &theirs.1)] {
+        if ours == theirs {
+            continue;
+        }
+        let (Some(ours), Some(theirs)) = (ours, theirs) else {
+            told += &format!("  {name}: ours {}, Debezium's {}\n", short(&format!("{ours:?}")), short(&format!("{theirs:?}")));
+            continue;
+        };
+        let mut fields = Vec::new();
+        if let (Ok(ours), Ok(theirs)) = (serde_json::from_str(ours), serde_json::from_str(theirs)) {
+            fields_that_differ(name, &ours, &theirs, &mut fields);
+        }
+        if fields.is_empty() {
+            let at = ours.bytes().zip(theirs.bytes()).position(|(ours, theirs)| ours != theirs).unwrap_or(0);
+            let around = |text: &str| text.chars().skip(text[..floor(text, at)].chars().count().saturating_sub(40)).take(120).collect::<String>();
+            fields.push(format!("{name}: ours …{}…, Debezium's …{}…", around(ours), around(theirs)));
+        }
+        fields.iter().for_each(|it| told += &format!("  {it}\n"));
+    }
+    told
+}
+
+fn floor(text: &str, at: usize) -> usize {
+    (0..=at.min(text.len())).rev().find(|it| text.is_char_boundary(*it)).unwrap_or(0)
+}
+
+fn fields_that_differ(path: &str, ours: &Value, theirs: &Value, found: &mut Vec<String>) {
+    match (ours, theirs) {
+        (Value::Object(a), Value::Object(b)) => {
+            let mut names: Vec<&String> = a.keys().chain(b.keys()).collect();
+            names.sort();
+            names.dedup();
+            for name in names {
+                match (a.get(name), b.get(name)) {
+                    (Some(ours), Some(theirs)) => fields_that_differ(&format!("{path}.{name}"), ours, theirs, found),
+                    (ours, theirs) => found.push(format!("{path}.{name}: ours {}, Debezium's {}", maybe(ours), maybe(theirs))),
+                }
+            }
+        }
+        (ours, theirs) if ours != theirs => found.push(format!("{path}: ours {}, Debezium's {}", maybe(Some(ours)), maybe(Some(theirs)))),
+        _ => {}
+    }
+}
+
+fn maybe(value: Option<&Value>) -> String {
+    value.map_or_else(|| "absent".to_owned(), |it| short(&it.to_string()))
+}
+
+fn short(text: &str) -> String {
+    match text.char_indices().nth(600) {
+        None => text.to_owned(),
+        Some((at, _)) => format!("{}… ({} bytes)", &text[..at], text.len()),
+    }
+}

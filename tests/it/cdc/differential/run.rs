@@ -1,0 +1,247 @@
+//! One run of both engines over many cases: a database, a schema for each case, two captures, and what each of them wrote.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::{Duration, Instant},
+};
+
+use ledgerline::{
+    cdc::{self, Config, Stats, Step},
+    change::Lsn,
+    fault::{Diagnose as _, Fault},
+    units::Span,
+};
+use rdkafka::{
+    ClientConfig, Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
+    message::Headers as _,
+};
+use sqlx::{AssertSqlSafe, PgConnection};
+
+use super::{
+    case::{Case, Statement},
+    compare::{Difference, differences},
+    types::PREAMBLE,
+};
+use crate::{
+    binary::PATIENCE,
+    cdc::{
+        debezium::WORKER,
+        house::{Capture, Database, config, on_connect},
+    },
+    lane,
+};
+
+/// A message as its bytes are, but for the prefix, in which alone the settings of the two differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Written {
+    pub(super) key: Option<String>,
+    pub(super) value: Option<String>,
+    pub(super) headers: Vec<(String, String)>,
+}
+
+/// What an engine wrote, by topic without its prefix.
+pub(super) type Topics = BTreeMap<String, Vec<Written>>;
+
+pub(super) struct Outcome {
+    pub(super) ours: Topics,
+    pub(super) theirs: Topics,
+    /// How many statements of each case were done, and how many PostgreSQL refused.
+    pub(super) done: Vec<(usize, usize)>,
+}
+
+impl Outcome {
+    pub(super) fn differences(&self) -> Vec<Difference> {
+        differences(&self.ours, &self.theirs)
+    }
+}
+
+/// Its topics are gone when dropped.
+struct Engine {
+    capture: Option<Capture>,
+    config: Config,
+    kafka: String,
+}
+
+pub(super) fn schema(place: usize) -> String {
+    format!("case{place}")
+}
+
+const SENTINEL: &str = "cases.sentinel";
+
+pub(super) async fn both(cases: &[Case]) -> Outcome {
+    let _worker = WORKER.read().await;
+    let kafka = lane::stack().expect("the lane of the real servers").kafka();
+    let database = Database::create("differential").await;
+    database.run(&format!("{PREAMBLE} create schema cases; create table {SENTINEL} (phase serial primary key);")).await;
+    let mut connection = database.connect().await;
+    let mut done = vec![(0, 0); cases.len()];
+    for (place, case) in cases.iter().enumerate() {
+        let schema = schema(place);
+        let tables = case.tables.iter().flat_map(super::case::Table::statements);
+        let setup = [format!("create schema {schema}"), format!("set search_path to {schema}, public")].into_iter().chain(tables);
+        for sql in setup {
+            sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(&mut connection).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+        }
+    }
+    phase(&mut connection, cases, 0, &mut done).await;
+
+    let mut native = Engine::start(&database, &kafka, config(&database), "n");
+    let mut debezium = Engine::start(&database, &kafka, on_connect(&database), "d");
+    for engine in [&mut native, &mut debezium] {
+        engine.streaming(&database).await;
+    }
+    let n_phases = cases.iter().map(|it| it.phases.len()).max().unwrap_or(0);
+    for at in 1..n_phases {
+        phase(&mut connection, cases, at, &mut done).await;
+        let end = sentinel(&mut connection).await;
+        for engine in [&native, &debezium] {
+            engine.until("all of a phase", |it| it.confirmed_lsn > end).await;
+        }
+    }
+    let (ours, theirs) = (native.written(), debezium.written());
+    native.stop(&database).await;
+    debezium.stop(&database).await;
+    Outcome { ours, theirs, done }
+}
+
+/// A place in the WAL which only a commit behind everything so far lies behind.
+async fn sentinel(connection: &mut PgConnection) -> Lsn {
+    let insert = format!("insert into {SENTINEL} default values");
+    sqlx::raw_sql("begin").execute(&mut *connection).await.expect("a transaction");
+    sqlx::raw_sql(AssertSqlSafe(insert)).execute(&mut *connection).await.expect("a row");
+    let at: i64 = sqlx::query_scalar("select (pg_current_wal_insert_lsn() - '0/0')::bigint").fetch_one(&mut *connection).await.expect("a position");
+    sqlx::raw_sql("commit").execute(&mut *connection).await.expect("a commit");
+    Lsn(u64::try_from(at).expect("a position"))
+}
+
+async fn phase(connection: &mut PgConnection, cases: &[Case], at: usize, done: &mut [(usize, usize)]) {
+    for (place, case) in cases.iter().enumerate() {
+        let Some(statements) = case.phases.get(at) else { continue };
+        let path = format!("set search_path to {}, public", schema(place));
+        sqlx::raw_sql(AssertSqlSafe(path)).execute(&mut *connection).await.expect("a search path");
+        for statement in statements {
+            let is_done = execute(connection, statement).await;
+            if is_done { done[place].0 += 1 } else { done[place].1 += 1 }
+        }
+        // What shrinking left open; outside of a transaction a warning.
+        sqlx::raw_sql("commit").execute(&mut *connection).await.expect("an end");
+    }
+}
+
+/// False where PostgreSQL refuses: the same for both engines.
+async fn execute(connection: &mut PgConnection, statement: &Statement) -> bool {
+    let sent = statement.sent();
+    let result = match sent.copied {
+        None => sqlx::raw_sql(AssertSqlSafe(sent.sql.clone())).execute(connection).await.map(drop),
+        Some(lines) => match connection.copy_in_raw(&sent.sql).await {
+            Ok(mut copy) => {
+                let all = copy.send(lines.as_bytes()).await.map(drop);
+                match all {
+                    Ok(()) => copy.finish().await.map(drop),
+                    Err(error) => Err(error),
+                }
+            }
+            Err(error) => Err(error),
+        },
+    };
+    if std::env::var_os("LEDGERLINE_TEST_REFUSED").is_some()
+        && let Err(error) = &result
+    {
+        eprintln!("refused: {error}: {}", sent.sql.chars().take(300).collect::<String>());
+    }
+    match result {
+        Ok(()) => true,
+        Err(sqlx::Error::Database(_)) => false,
+        Err(error) => panic!("{}: {error}", sent.sql),
+    }
+}
+
+impl Engine {
+    fn start(database: &Database, kafka: &str, config: Config, suffix: &str) -> Self {
+        let name = format!("{}_{suffix}", database.name);
+        // No heartbeat's message between the transactions that are compared.
+        let heartbeat = Span::from_secs(86_400);
+        let tables = vec!["case*.*".to_owned()];
+        let config = Config { topic_prefix: name.clone(), slot: name.clone(), publication: name, tables, heartbeat, ..config };
+        let capture = Some(Capture::start(database, kafka.to_owned(), config.clone()));
+        Self { capture, config, kafka: kafka.to_owned() }
+    }
+
+    /// A broker that has just been given hundreds of topics may not know yet who leads them: as for the pipeline, that is a start again.
+    async fn streaming(&mut self, database: &Database) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let capture = self.capture.as_ref().expect("it runs");
+            let mut stats = capture.handle.stats.clone();
+            let waiting = tokio::time::timeout_at(deadline.into(), stats.wait_for(|it| it.step == Step::Streaming)).await.expect("in time").is_ok();
+            if waiting {
+                return;
+            }
+            let error = self.capture.take().expect("it ran").ended().await.expect_err("it was not told to end");
+            assert!(matches!(error.fault(), Fault::Transient), "{}", ledgerline::fault::chain(&error));
+            self.capture = Some(Capture::start(database, self.kafka.clone(), self.config.clone()));
+        }
+    }
+
+    /// With the patience that a worker's start takes.
+    async fn until(&self, what: &str, reached: impl FnMut(&Stats) -> bool) {
+        let engine = self.config.engine.as_str();
+        let mut stats = self.capture.as_ref().expect("it runs").handle.stats.clone();
+        let waited = tokio::time::timeout(PATIENCE, stats.wait_for(reached)).await.unwrap_or_else(|_| panic!("{engine}, {what}: still not so"));
+        waited.unwrap_or_else(|_| panic!("{engine}, {what}: the capture ended"));
+    }
+
+    async fn stop(&mut self, database: &Database) {
+        if let Some(capture) = self.capture.take() {
+            capture.stop().await;
+        }
+        cdc::remove(&database.url, &self.config, false).await.expect("removed");
+    }
+
+    /// Everything on its topics. What was acknowledged before the call is in it.
+    fn written(&self) -> Topics {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &self.kafka)
+            .set("group.id", "tests")
+            .set("enable.auto.commit", "false")
+            .set("fetch.wait.max.ms", "10")
+            .create()
+            .expect("a consumer");
+        let metadata = consumer.fetch_metadata(None, PATIENCE).expect("metadata");
+        let head = format!("{}.", self.config.topic_prefix);
+        let mut topics = Topics::new();
+        let mut assignment = TopicPartitionList::new();
+        let mut left: HashMap<String, i64> = HashMap::new();
+        for topic in metadata.topics().iter().filter(|it| it.name().starts_with(&head)) {
+            topics.insert(topic.name()[head.len()..].to_owned(), Vec::new());
+            let (first, end) = consumer.fetch_watermarks(topic.name(), 0, PATIENCE).expect("watermarks");
+            if end > first {
+                assignment.add_partition_offset(topic.name(), 0, Offset::Offset(first)).expect("an offset");
+                left.insert(topic.name().to_owned(), end);
+            }
+        }
+        consumer.assign(&assignment).expect("assigned");
+        while !left.is_empty() {
+            let Some(Ok(message)) = consumer.poll(Duration::from_secs(1)) else { continue };
+            let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("UTF-8").replace(&self.config.topic_prefix, "prefix");
+            let headers = message.headers().into_iter().flat_map(|it| it.iter());
+            let written = Written {
+                key: message.key().map(text),
+                value: message.payload().map(text),
+                headers: headers.map(|it| (it.key.to_owned(), text(it.value.unwrap_or_default()))).collect(),
+            };
+            topics.get_mut(&message.topic()[head.len()..]).expect("it was asked for").push(written);
+            if left.get(message.topic()).is_some_and(|end| message.offset() + 1 >= *end) {
+                left.remove(message.topic());
+            }
+        }
+        topics
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        lane::remove_topics(&self.kafka, &self.config.topic_prefix);
+    }
+}
