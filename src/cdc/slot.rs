@@ -5,11 +5,12 @@ use std::{
     time::Duration,
 };
 
-use pgwire_replication::{PgWireError, ReplicationClient};
+use pgwire_replication::{PgWireError, ReplicationClient, ReplicationConfig};
 use sqlx::{PgConnection, Row as _};
 
 use super::{
     error::{Error, sql_state},
+    heartbeat::{self, Server},
     progress::Progress,
     source::{Source, parse_lsn},
     stats::SlotHealth,
@@ -20,6 +21,8 @@ use crate::change::Lsn;
 /// network that died takes `wal_sender_timeout`.
 const BUSY_MAX: Duration = Duration::from_secs(70);
 const BUSY_POLL: Duration = Duration::from_millis(250);
+/// How long the server may take to answer a replication connection; the transport itself would wait for ever.
+const CONNECT_MAX: Duration = Duration::from_secs(10);
 
 /// A slot as the server shows it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -147,24 +150,33 @@ pub(super) async fn drop_slot(connection: &mut PgConnection, name: &str) -> Resu
 }
 
 /// A replication connection. Dropped, it lets go of the slot at once; the transport alone would notice seconds later.
-pub(super) struct Replication(ReplicationClient);
+pub(super) struct Replication {
+    client: ReplicationClient,
+    /// The server's process that serves it: whoever else holds the slot is not us.
+    pub(super) pid: i32,
+    pub(super) server: Server,
+    /// The end of the server's flushed WAL when it was made.
+    pub(super) wal_end: Lsn,
+    /// Whether a standby of the server can keep the slot, and go on with it when it takes over: PostgreSQL 17 and newer.
+    failover: bool,
+}
 
 impl Deref for Replication {
     type Target = ReplicationClient;
     fn deref(&self) -> &ReplicationClient {
-        &self.0
+        &self.client
     }
 }
 
 impl DerefMut for Replication {
     fn deref_mut(&mut self) -> &mut ReplicationClient {
-        &mut self.0
+        &mut self.client
     }
 }
 
 impl Drop for Replication {
     fn drop(&mut self) {
-        self.0.abort();
+        self.client.abort();
     }
 }
 
@@ -180,8 +192,10 @@ pub(super) struct Made {
 pub(super) async fn create(source: &Source, name: &str, publication: &str) -> Result<Made, Error> {
     let failed = |source| Error::Replication { what: "make the replication slot", source };
     let mut client = connect(source, name, publication).await?;
-    let rows =
-        client.simple_query(&format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'export')", super::source::quoted(name))).await.map_err(failed)?;
+    // Where no standby synchronizes slots it means nothing.
+    let failover = if client.failover { ", FAILOVER true" } else { "" };
+    let create = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'export'{failover})", super::source::quoted(name));
+    let rows = client.simple_query(&create).await.map_err(failed)?;
     let column = |at: usize| rows.first().and_then(|row| row.get(at)?.as_ref()).map(|it| String::from_utf8_lossy(it).into_owned());
     let (Some(consistent_point), Some(snapshot)) = (column(1), column(2)) else {
         return Err(failed(PgWireError::Protocol("CREATE_REPLICATION_SLOT answered without a snapshot".to_owned())));
@@ -199,8 +213,33 @@ pub(super) async fn start(mut client: Replication, name: &str) -> Result<Replica
 
 /// A connection that has not started.
 pub(super) async fn connect(source: &Source, name: &str, publication: &str) -> Result<Replication, Error> {
-    let connecting = ReplicationClient::connect_gated(source.replication(name, publication)).await;
-    connecting.map(Replication).map_err(|source| Error::Replication { what: "open a replication connection", source })
+    let connecting = tokio::time::timeout(CONNECT_MAX, introduced(source.replication(name, publication))).await;
+    let timed_out = |_| PgWireError::from(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer within 10 s"));
+    connecting.map_err(timed_out).and_then(|it| it).map_err(|source| Error::Replication { what: "open a replication connection", source })
+}
+
+/// Connects and asks who is there.
+async fn introduced(config: ReplicationConfig) -> Result<Replication, PgWireError> {
+    let mut client = ReplicationClient::connect_gated(config).await?;
+    let answer = client.simple_query("select pg_backend_pid(), current_setting('server_version_num')").await?;
+    let number = |at: usize| answer.first().and_then(|row| std::str::from_utf8(row.get(at)?.as_ref()?).ok()?.parse::<i32>().ok());
+    let unnumbered = || PgWireError::Protocol("pg_backend_pid and server_version_num are not numbers".to_owned());
+    let (pid, version) = number(0).zip(number(1)).ok_or_else(unnumbered)?;
+    let system = client.identify_system().await?;
+    let system_id = system.system_id.parse().map_err(|_| PgWireError::Protocol("IDENTIFY_SYSTEM: the system identifier is not a number".to_owned()))?;
+    let server = Server { system_id, timeline: system.timeline };
+    Ok(Replication { client, pid, server, wal_end: Lsn(system.xlogpos.as_u64()), failover: version >= 170_000 })
+}
+
+/// Where the server's history left a timeline; None where that is no part of it.
+pub(super) async fn left_at(client: &mut Replication, timeline: u32) -> Result<Option<Lsn>, Error> {
+    let current = client.server.timeline;
+    match client.timeline_history(current).await {
+        Ok(history) => Ok(heartbeat::left_at(&String::from_utf8_lossy(&history.content), timeline)),
+        // The first timeline has no history, so it is no heir of another.
+        Err(PgWireError::Server(_)) => Ok(None),
+        Err(source) => Err(Error::Replication { what: "read the source's timeline history", source }),
+    }
 }
 
 /// What the walsender's refusal, at the start or later, means for the slot.

@@ -4,9 +4,13 @@ mod applying;
 mod bytes;
 mod connect;
 mod contract;
+mod crashes;
 mod days;
 #[cfg(feature = "stack")]
 mod debezium;
 mod house;
+mod network;
+mod networks;
 mod refusals;
 mod rereading;
+mod stops;
