@@ -60,7 +60,7 @@ async fn a_slot_that_was_made_again_behind_us_stops_the_capture_as_what_lies_bet
 #[tokio::test]
 async fn a_table_that_is_taken_out_of_the_publication_stops_the_capture_and_another_that_is_dropped_does_not() {
     let (database, broker, config) = captured("taken").await;
-    database.run("create table fees (id int primary key);").await;
+    database.run("create table public.fees (id int primary key);").await;
     let capture = streaming(&database, &broker, &config).await;
     let name = &database.name;
     let published = format!("select exists (select from pg_publication_tables where pubname = '{name}' and tablename = 'fees')");
@@ -71,7 +71,7 @@ async fn a_table_that_is_taken_out_of_the_publication_stops_the_capture_and_anot
         }
     };
     tokio::time::timeout(PATIENCE, joined).await.expect("it joins");
-    database.run("drop table fees; insert into payments values (2, 1.00, 'x');").await;
+    database.run("drop table public.fees; insert into payments values (2, 1.00, 'x');").await;
     let end = database.wal_position().await;
     capture.until("it was looked at after fees had gone", |it| it.source_lsn >= end).await;
     capture.drain(&database).await;
