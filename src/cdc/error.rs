@@ -165,8 +165,8 @@ impl Diagnose for Error {
             Self::Uncaptured { table, .. } => {
                 operator(format!("`ledgerline cdc resnapshot {table}` reads them while the stream goes on; or name it in cdc.tables_exclude"))
             }
-            Self::SlotLost { slot, .. } => {
-                operator(format!("drop slot {slot} (select pg_drop_replication_slot('{slot}')) and raise max_slot_wal_keep_size; {NEW_SNAPSHOT}"))
+            Self::SlotLost { slot, reason } => {
+                operator(format!("drop slot {slot} (select pg_drop_replication_slot('{slot}')) and {}; {NEW_SNAPSHOT}", keep_it(reason)))
             }
             Self::SlotMissing { .. } => operator(format!("somebody dropped the slot; {NEW_SNAPSHOT}")),
             Self::SlotUnknown { slot } => {
@@ -209,6 +209,16 @@ impl Diagnose for Error {
             Self::Stream(error) => error.fault(),
             Self::Topics(error) => error.fault(),
         }
+    }
+}
+
+/// What keeps a slot from being lost again, by PostgreSQL's `invalidation_reason`.
+fn keep_it(reason: &str) -> &'static str {
+    match reason {
+        "idle_timeout" => "raise idle_replication_slot_timeout",
+        "wal_level_insufficient" => "leave wal_level = logical",
+        "rows_removed" => "set hot_standby_feedback = on on the standby",
+        _ => "raise max_slot_wal_keep_size",
     }
 }
 

@@ -34,8 +34,6 @@ const TREND_MIN: Duration = Duration::from_secs(10);
 pub(super) struct Health {
     pub(super) slot: Option<Slot>,
     pub(super) source_lsn: Lsn,
-    /// When the question left.
-    asked_at: Option<Instant>,
     pub(super) publication_exists: bool,
     /// Tables that were in the publication, still exist, and are not in it any more.
     pub(super) unpublished: Vec<TableId>,
@@ -50,31 +48,25 @@ pub(super) struct Pulse {
     slot: String,
     /// The server's process of our replication connection.
     pid: i32,
-    began_at: Instant,
     heard_at: Instant,
     received: Lsn,
     silence_max: Duration,
 }
 
 impl Pulse {
-    /// Of a connection that streams from now on.
     pub(super) fn new(slot: &str, pid: i32, now: Instant) -> Self {
-        Self { slot: slot.to_owned(), pid, began_at: now, heard_at: now, received: Lsn::default(), silence_max: SILENCE_MAX }
+        Self { slot: slot.to_owned(), pid, heard_at: now, received: Lsn::default(), silence_max: SILENCE_MAX }
     }
 
-    /// The server answered a question; with None that it cannot say. Hands on what it said, unless that is about the time before
-    /// this connection, when the slot may have been another's, or none.
-    pub(super) fn hear(&mut self, seen: Option<Health>, now: Instant) -> Result<Option<Health>, Error> {
+    /// The server answered a question that was asked since the connection streams: what it said or, with None, that it cannot say.
+    pub(super) fn hear(&mut self, seen: Option<&Health>, now: Instant) -> Result<(), Error> {
         self.heard_at = now;
-        let Some(seen) = seen else { return Ok(None) };
-        self.silence_max = silence_max(&seen);
-        if seen.asked_at.is_none_or(|it| it < self.began_at) {
-            return Ok(None);
-        }
+        let Some(seen) = seen else { return Ok(()) };
+        self.silence_max = silence_max(seen);
         if seen.slot.as_ref().is_some_and(|it| it.active_pid != Some(self.pid)) {
             return Err(Error::Deserted { slot: self.slot.clone() });
         }
-        Ok(Some(seen))
+        Ok(())
     }
 
     /// The stream has come to `received`. An error once all was silent for too long.
@@ -141,13 +133,12 @@ async fn sample(source: &Source, slot: &str, publication: &str, members: &mut Ve
         Some(open) => open,
         None => source.connect().await?,
     };
-    let asked_at = Some(Instant::now());
     let slot = slot::find(&mut connection, slot).await?;
     let source_lsn = source::flushed_wal(&mut connection).await?;
     let publication_exists = admin::publication_exists(&mut connection, publication).await?;
     let unpublished = if publication_exists { taken_out(&mut connection, publication, members).await? } else { Vec::new() };
     let silence_max = silence_borne(&mut connection).await?;
-    Ok((Health { slot, source_lsn, asked_at, publication_exists, unpublished, silence_max }, connection))
+    Ok((Health { slot, source_lsn, publication_exists, unpublished, silence_max }, connection))
 }
 
 /// Compares the tables that were put into the publication by name with those of the last time. A table that was dropped leaves it, too.
@@ -209,24 +200,21 @@ mod tests {
         let after = |seconds| start + Duration::from_secs(seconds);
         let mut pulse = Pulse::new("slot", 7, start);
         assert!(pulse.look(Lsn(1), after(50)).is_ok() && pulse.look(Lsn(1), after(100)).is_ok());
-        assert_eq!(pulse.hear(None, after(105)).expect("an answer of any kind"), None);
+        pulse.hear(None, after(105)).expect("an answer of any kind");
         assert!(pulse.look(Lsn(1), after(164)).is_ok());
         assert!(matches!(pulse.look(Lsn(1), after(165)), Err(Error::Silent(_))));
         let brisk = Health { silence_max: Some(Duration::from_secs(8)), ..Health::default() };
-        pulse.hear(Some(brisk), after(166)).expect("no slot was seen");
+        pulse.hear(Some(&brisk), after(166)).expect("no slot was seen");
         assert!(pulse.look(Lsn(1), after(173)).is_ok() && pulse.look(Lsn(1), after(174)).is_err());
     }
 
     #[test]
     fn a_slot_that_is_with_somebody_else_or_nobody_is_not_ours_any_more() {
-        let start = Instant::now();
-        let seen = |active_pid, asked_at| Health { slot: Some(Slot { active_pid, ..Slot::default() }), asked_at: Some(asked_at), ..Health::default() };
-        let mut pulse = Pulse::new("slot", 7, start);
-        let mut hear = |active_pid, asked_at| pulse.hear(Some(seen(active_pid, asked_at)), start);
-        let before = start.checked_sub(Duration::from_millis(1)).expect("the machine is up");
-        assert_eq!(hear(None, before).expect("not of this connection"), None);
-        assert!(hear(Some(7), start).expect("ours").is_some());
-        assert!([None, Some(8)].into_iter().all(|pid| matches!(hear(pid, start), Err(Error::Deserted { .. }))));
+        let seen = |active_pid| Health { slot: Some(Slot { active_pid, ..Slot::default() }), ..Health::default() };
+        let mut pulse = Pulse::new("slot", 7, Instant::now());
+        let mut hear = |active_pid| pulse.hear(Some(&seen(active_pid)), Instant::now());
+        assert!(hear(Some(7)).is_ok());
+        assert!([None, Some(8)].into_iter().all(|pid| matches!(hear(pid), Err(Error::Deserted { .. }))));
     }
 
     #[test]

@@ -79,6 +79,7 @@ pub(super) async fn run(
         topics: Topics::new(&config.topic_prefix),
         config,
         streamed: false,
+        served_by: None,
         stats: control.stats.borrow().clone(),
     };
     let abandoned = CancellationToken::new();
@@ -126,6 +127,8 @@ struct Capture {
     config: Config,
     /// Whether the stream flows, or flowed when the session broke.
     streamed: bool,
+    /// The server's process of the last replication connection.
+    served_by: Option<i32>,
     stats: Stats,
 }
 
@@ -143,18 +146,27 @@ impl Capture {
     async fn session(&mut self, control: &mut Control<Stats>) -> Result<(), Error> {
         self.tell(control, Step::Connecting, None);
         let stop = control.stop.clone();
-        let (seen, health) = watch::channel(None);
-        let watching = health::watch(self.source.clone(), self.config.slot.clone(), self.config.publication.clone(), seen);
-        let _watching = AbortOnDropHandle::new(tokio::spawn(watching));
+        // While it opens only answers to questions show that the source lives: a snapshot's connection may hang for ever.
+        let (before, answers) = self.watched();
         let opened = tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            silent = health::silence(health.clone()) => return Err(silent),
+            silent = health::silence(answers) => return Err(silent),
             opened = self.open(control) => opened?,
         };
+        drop(before);
+        let (_watching, health) = self.watched();
         self.streamed = true;
+        self.served_by = Some(opened.client.pid);
         self.tell(control, Step::Streaming, None);
         tracing::info!(confirmed = %self.stats.confirmed_lsn, "streaming");
         self.stream(opened, health, control).await
+    }
+
+    /// Looks at the slot from outside, from now on.
+    fn watched(&self) -> (AbortOnDropHandle<()>, watch::Receiver<Option<Health>>) {
+        let (seen, health) = watch::channel(None);
+        let watching = health::watch(self.source.clone(), self.config.slot.clone(), self.config.publication.clone(), seen);
+        (AbortOnDropHandle::new(tokio::spawn(watching)), health)
     }
 
     async fn open(&mut self, control: &Control<Stats>) -> Result<Open, Error> {
@@ -164,6 +176,9 @@ impl Capture {
         let wanted = catalog::wanted_tables(&mut connection, &self.config).await?;
         let progress = store.read().await?;
         let name = self.config.slot.clone();
+        if let Some(pid) = self.served_by.take() {
+            slot::let_go(&mut connection, &name, pid).await?;
+        }
         let found = slot::wait_until_free(&mut connection, &name, |text| self.tell(control, Step::Connecting, Some(text))).await?;
         let start = slot::decide(&name, &self.source.database, found.as_ref(), progress.as_ref())?;
         let published = prepare::publish(&mut connection, &self.config, &wanted, matches!(start, Start::Resume { .. }), false).await?;
@@ -291,7 +306,7 @@ impl Capture {
                 wish = control.next_wish() => phase = wish,
                 Ok(()) = health.changed() => {
                     let seen = health.borrow_and_update().clone();
-                    let seen = pulse.hear(seen, Instant::now())?;
+                    pulse.hear(seen.as_ref(), Instant::now())?;
                     self.see(seen)?;
                 }
                 Ok(()) = joined.changed() => {

@@ -138,6 +138,17 @@ pub(super) async fn wait_until_free(connection: &mut PgConnection, name: &str, m
     }
 }
 
+/// Ends a connection of ours that the server has not noticed to be gone: with a long `wal_sender_timeout`, or none, it would keep
+/// the slot for as long.
+pub(super) async fn let_go(connection: &mut PgConnection, name: &str, pid: i32) -> Result<(), Error> {
+    const END: &str = "select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where slot_name = $1 and active_pid = $2";
+    let ended: Option<bool> = sqlx::query_scalar(END).bind(name).bind(pid).fetch_optional(connection).await.map_err(failed)?;
+    if ended.is_some() {
+        tracing::info!(slot = name, pid, "the server still served our last connection; it was told to end it");
+    }
+    Ok(())
+}
+
 async fn holder(connection: &mut PgConnection, pid: i32) -> Result<String, Error> {
     const WHO: &str = "select coalesce(nullif(application_name, ''), 'an unnamed program') || ' at ' || coalesce(host(client_addr), 'the same host') from pg_stat_activity where pid = $1";
     let who: Option<String> = sqlx::query_scalar(WHO).bind(pid).fetch_optional(connection).await.map_err(failed)?;

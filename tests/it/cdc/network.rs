@@ -19,6 +19,8 @@ struct Weather {
     still: bool,
     /// Connections of an earlier age are forgotten: nothing of them passes ever again, and nobody is told.
     age: u64,
+    /// They are hung up on towards the client, and only there.
+    told: bool,
     /// Bytes a second and direction.
     rate: Option<u64>,
 }
@@ -44,7 +46,7 @@ impl Network {
     async fn open(server: u16, is_broker: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let port = listener.local_addr().expect("bound").port();
-        let weather = Arc::new(watch::Sender::new(Weather { still: false, age: 0, rate: None }));
+        let weather = Arc::new(watch::Sender::new(Weather { still: false, age: 0, told: false, rate: None }));
         let seen = weather.subscribe();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
@@ -52,9 +54,9 @@ impl Network {
                 let Ok(upstream) = TcpStream::connect(("127.0.0.1", server)).await else { continue };
                 let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), upstream.into_split());
                 let age = seen.borrow().age;
-                tokio::spawn(Pump { from: from_client, to: to_server, weather: seen.clone(), age, ports: None }.run());
+                tokio::spawn(Pump { from: from_client, to: to_server, to_client: false, weather: seen.clone(), age, ports: None }.run());
                 let ports = is_broker.then_some((server, port));
-                tokio::spawn(Pump { from: from_server, to: to_client, weather: seen.clone(), age, ports }.run());
+                tokio::spawn(Pump { from: from_server, to: to_client, to_client: true, weather: seen.clone(), age, ports }.run());
             }
         });
         Self { port, weather }
@@ -86,6 +88,11 @@ impl Network {
         self.weather.send_modify(|it| it.age += 1);
     }
 
+    /// Open connections end for their clients; their servers hear nothing of it.
+    pub(super) fn hang_up_on_clients(&self) {
+        self.weather.send_modify(|it| (it.age, it.told) = (it.age + 1, true));
+    }
+
     pub(super) fn slow(&self, bytes_a_second: Option<u64>) {
         self.weather.send_modify(|it| it.rate = bytes_a_second);
     }
@@ -95,6 +102,7 @@ impl Network {
 struct Pump {
     from: OwnedReadHalf,
     to: OwnedWriteHalf,
+    to_client: bool,
     weather: watch::Receiver<Weather>,
     age: u64,
     /// A broker tells its own port; clients are to come through ours.
@@ -103,13 +111,26 @@ struct Pump {
 
 impl Pump {
     async fn run(mut self) {
+        let (age, mut weather) = (self.age, self.weather.clone());
+        let told = tokio::select! {
+            () = self.pass() => return,
+            Ok(weather) = weather.wait_for(|it| it.age != age) => weather.told,
+        };
+        // Both ends stay open: a FIN would be a word.
+        let Self { from, to, to_client, .. } = self;
+        let _to = if told && to_client {
+            drop(to);
+            None
+        } else {
+            Some(to)
+        };
+        let _from = from;
+        std::future::pending().await
+    }
+
+    async fn pass(&mut self) {
         while let Some(bytes) = self.next().await {
-            let age = self.age;
-            let Ok(weather) = self.weather.wait_for(|it| !it.still || it.age != age).await.map(|it| *it) else { return };
-            if weather.age != age {
-                // Both ends stay open: a FIN would be a word.
-                return std::future::pending().await;
-            }
+            let Ok(weather) = self.weather.wait_for(|it| !it.still).await.map(|it| *it) else { return };
             if let Some(rate) = weather.rate {
                 tokio::time::sleep(Duration::from_micros(u64::try_from(bytes.len()).expect("small") * 1_000_000 / rate)).await;
             }

@@ -1,6 +1,6 @@
 //! Networks on their bad days, to PostgreSQL and to the broker: noticed, waited out, and nothing is lost.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use ledgerline::{
     cdc::{self, Config, Step},
@@ -9,7 +9,7 @@ use ledgerline::{
 
 use super::{
     days::{PAYMENTS, finish, held, parsed, replayed, write_payments},
-    house::{Capture, Database, Read, Reader, config},
+    house::{Capture, Database, PATIENCE, Read, Reader, config},
     network::Network,
 };
 use crate::lane::Stream;
@@ -39,6 +39,22 @@ async fn connections_that_a_firewall_forgets_are_given_up_though_both_ends_look_
     capture.until("streaming again", |it| it.step == Step::Streaming && it.reconnects > 0).await;
 
     finish(writer).await;
+    capture.drain(&database).await;
+    assert_eq!(replayed(&payments(&stream, &config)).0, held(&database).await);
+    capture.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_walsender_that_does_not_know_we_are_gone_is_told_so_and_the_slot_is_ours_again() {
+    // For so long the server would keep the slot for the connection that is dead.
+    let database = brisk_database("held", "1h").await;
+    let (stream, config) = own_broker(&database).await;
+    let network = Network::to(port(&database)).await;
+    let capture = Capture::start_as(&network.url(&database.url), &database, stream.address.clone(), config.clone());
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    network.hang_up_on_clients();
+    database.run("insert into payments values (1, 1.00, 'x');").await;
+    capture.until("streaming again", |it| it.step == Step::Streaming && it.reconnects > 0).await;
     capture.drain(&database).await;
     assert_eq!(replayed(&payments(&stream, &config)).0, held(&database).await);
     capture.stop().await;
@@ -87,10 +103,20 @@ async fn a_snapshot_that_a_cut_network_leaves_hanging_is_given_up_and_begun_agai
 
     let capture = Capture::start_as(&source, &database, stream.address.clone(), config.clone());
     capture.until("streaming", |it| it.step == Step::Streaming).await;
-    let ends = cdc::snapshot_ends(&database.url, &config.topic_prefix).await.expect("asked").expect("finished");
-    let whole = payments(&stream, &config).iter().filter_map(parsed).filter(|it| it["source"]["lsn"] == ends.lsn.0).count();
-    assert_eq!(whole, 30_000);
+    until_read(&database, &config).await;
+    let ids: BTreeSet<u64> = of_payments(&stream, &config).into_iter().collect();
+    assert_eq!(ids, (1..=30_000).collect());
     capture.stop().await;
+}
+
+/// Waits until all rows from before are with the broker.
+pub(super) async fn until_read(database: &Database, config: &Config) {
+    let read = async {
+        while cdc::snapshot_ends(&database.url, &config.topic_prefix).await.expect("asked").is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, read).await.expect("the snapshot is finished");
 }
 
 /// Longer than the server bears silence, by the server's own clock: `LEDGERLINE_TEST_OUTAGE` for so many seconds.

@@ -59,24 +59,18 @@ async fn a_slot_that_was_made_again_behind_us_stops_the_capture_as_what_lies_bet
 
 #[tokio::test]
 async fn a_table_that_is_taken_out_of_the_publication_stops_the_capture_and_another_that_is_dropped_does_not() {
-    let (database, broker, config) = captured("taken").await;
+    let database = Database::create("taken").await;
+    database.run(PAYMENTS).await;
     database.run("create table public.fees (id int primary key);").await;
+    let (broker, config) = (Broker::start(&database, &["public.payments", "public.fees"], 1), config(&database));
     let capture = streaming(&database, &broker, &config).await;
-    let name = &database.name;
-    let published = format!("select exists (select from pg_publication_tables where pubname = '{name}' and tablename = 'fees')");
-    let mut connection = database.connect().await;
-    let joined = async {
-        while !sqlx::query_scalar::<_, bool>(sqlx::AssertSqlSafe(published.clone())).fetch_one(&mut connection).await.expect("asked") {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, joined).await.expect("it joins");
+    capture.until("the publication was looked at", |it| it.slot.is_some()).await;
     database.run("drop table public.fees; insert into payments values (2, 1.00, 'x');").await;
     let end = database.wal_position().await;
     capture.until("it was looked at after fees had gone", |it| it.source_lsn >= end).await;
     capture.drain(&database).await;
 
-    database.run(&format!("alter publication {name} drop table payments;")).await;
+    database.run(&format!("alter publication {} drop table payments;", database.name)).await;
     stops(capture, &["public.payments", "taken out of publication", "cdc resnapshot public.payments"]).await;
 }
 
