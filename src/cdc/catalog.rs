@@ -218,7 +218,7 @@ pub(super) async fn describe_relation(
         }
     }
     let mut specs = Vec::with_capacity(relation.columns.len());
-    for column in &relation.columns {
+    for column in relation.columns.iter() {
         let kind = kind_of(connection, column.type_oid, column.type_modifier).await?;
         let not_null = by_name.get(column.name).is_some_and(|it| it.not_null);
         specs.push(ColumnSpec { name: column.name.to_owned(), kind, not_null, key_place: key.get(column.name).copied() });

@@ -5,6 +5,9 @@ use super::{
     pgoutput::{Malformed, Value},
 };
 
+/// No table of PostgreSQL's has more columns; a line that claims more is none of its.
+const COLUMNS_MAX: usize = 1_600;
+
 /// The values of one line, unescaped.
 #[derive(Debug, Default)]
 pub(super) struct CopyRow {
@@ -20,6 +23,9 @@ impl CopyRow {
         self.values.clear();
         let line = line.strip_suffix(b"\n").unwrap_or(line);
         for field in line.split(|byte| *byte == b'\t') {
+            if self.values.len() == COLUMNS_MAX {
+                return Err(Poison::CopyText);
+            }
             if field == b"\\N" {
                 self.values.push(None);
                 continue;
@@ -62,6 +68,8 @@ impl CopyRow {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn read(line: &[u8]) -> Result<Vec<Option<String>>, Poison> {
@@ -83,8 +91,33 @@ mod tests {
 
     #[test]
     fn what_copy_never_writes_is_an_error() {
-        for line in [&b"a\\"[..], b"\\x41", b"\xff"] {
+        for line in [&b"a\\"[..], b"\\x41", b"\xff", &[b'\t'; COLUMNS_MAX]] {
             assert!(read(line).is_err(), "{line:?}");
+        }
+        assert_eq!(read(&[b'\t'; COLUMNS_MAX - 1]).map(|it| it.len()), Ok(COLUMNS_MAX));
+    }
+
+    fn written(values: &[Option<String>]) -> Vec<u8> {
+        let escapes = [('\\', "\\\\"), ('\u{8}', "\\b"), ('\u{c}', "\\f"), ('\n', "\\n"), ('\r', "\\r"), ('\t', "\\t"), ('\u{b}', "\\v")];
+        let escape = |text: &String| escapes.iter().fold(text.clone(), |text, (character, escaped)| text.replace(*character, escaped));
+        let fields: Vec<String> = values.iter().map(|it| it.as_ref().map_or_else(|| "\\N".to_owned(), escape)).collect();
+        fields.join("\t").into_bytes()
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_text_copy_writes_is_read_back(values in prop::collection::vec(prop::option::of("(?s).{0,20}|[\\\\\n\r\t]{0,8}"), 1..8)) {
+            prop_assert_eq!(read(&written(&values)), Ok(values));
+        }
+
+        #[test]
+        fn garbage_never_panics_and_its_text_takes_no_more_memory_than_it_came_in(line in prop::collection::vec(prop_oneof![any::<u8>(), prop::sample::select(b"\\\t\nN".to_vec())], 0..200)) {
+            let mut row = CopyRow { text: Vec::with_capacity(line.len()), values: Vec::new() };
+            let before = row.text.capacity();
+            let taken = row.read(&line);
+            prop_assert_eq!(row.text.capacity(), before);
+            prop_assert!(row.values().count() <= line.len() + 1);
+            drop(taken);
         }
     }
 }

@@ -493,6 +493,19 @@ mod tests {
     }
 
     #[test]
+    fn a_clock_that_jumps_moves_the_times_at_the_end_and_nothing_else() {
+        let clocks = [now(), UNIX_EPOCH, UNIX_EPOCH - Duration::from_secs(1), now() + Duration::from_secs(100 * 365 * 86_400)];
+        let mut envelope = Envelope::new("bank", "bank");
+        let written = clocks.map(|clock| {
+            envelope.write_new(&ledger_entries(), b'c', values(&[Some("1"), Some("100"), None, Some("x")]), &ORIGIN, clock).expect("valid");
+            let value = String::from_utf8(envelope.value.clone()).expect("JSON");
+            let times = value.rfind(",\"ts_ms\":").expect("the times at the end");
+            (value[..times].to_owned(), envelope.key.clone())
+        });
+        assert!(written.iter().all(|it| *it == written[0]), "{written:?}");
+    }
+
+    #[test]
     fn an_update_that_moves_the_key_is_told_as_moved() {
         let mut envelope = Envelope::new("bank", "bank");
         let bytes = update((b'O', ["1", "100", "5.00", "long"]), ["9", "100", "5.00", "-"]);

@@ -57,6 +57,14 @@ pub enum Error {
     SlotForeign { slot: String, reason: String },
     #[error("replication slot {slot} stands at {found}, but we never got further than {expected}")]
     SlotMoved { slot: String, expected: Lsn, found: Lsn },
+    #[error("the source's WAL ends at {found}, but we captured it up to {expected}")]
+    Restored { expected: Lsn, found: Lsn },
+    #[error("the source is another server than the one that was captured: its system identifier is {found}, not {expected}")]
+    OtherServer { expected: u64, found: u64 },
+    #[error("the source has been silent for {} s, and the network did not say that it is gone", .0.as_secs())]
+    Silent(std::time::Duration),
+    #[error("replication slot {slot} does not belong to our connection any more, and the network did not say so")]
+    Deserted { slot: String },
     #[error("replication slot {slot} is held by {holder}")]
     SlotBusy { slot: String, holder: String },
     #[error("the state database has a progress we cannot read: {reason}")]
@@ -75,6 +83,15 @@ pub enum Error {
         #[source]
         source: Poison,
     },
+    #[error("a row of table {table} at {lsn} cannot become an event")]
+    Poison {
+        table: String,
+        lsn: Lsn,
+        #[source]
+        source: Poison,
+    },
+    #[error("table {table} was taken out of publication {publication} while it was captured")]
+    Unpublished { table: String, publication: String },
     #[error("cdc.connect_url is not an address of Kafka Connect: {reason}")]
     ConnectAddress { reason: String },
     #[error("cdc.database_address is not host:port: {found}")]
@@ -151,8 +168,8 @@ impl Diagnose for Error {
             Self::Uncaptured { table, .. } => {
                 operator(format!("`ledgerline cdc resnapshot {table}` reads them while the stream goes on; or name it in cdc.tables_exclude"))
             }
-            Self::SlotLost { slot, .. } => {
-                operator(format!("drop slot {slot} (select pg_drop_replication_slot('{slot}')) and raise max_slot_wal_keep_size; {NEW_SNAPSHOT}"))
+            Self::SlotLost { slot, reason } => {
+                operator(format!("drop slot {slot} (select pg_drop_replication_slot('{slot}')) and {}; {NEW_SNAPSHOT}", keep_it(reason)))
             }
             Self::SlotMissing { .. } => operator(format!("somebody dropped the slot; {NEW_SNAPSHOT}")),
             Self::SlotUnknown { slot } => {
@@ -160,9 +177,23 @@ impl Diagnose for Error {
             }
             Self::SlotForeign { .. } => operator("name another cdc.slot".to_owned()),
             Self::SlotMoved { slot, .. } => operator(format!("somebody else consumed slot {slot}; {NEW_SNAPSHOT}")),
+            Self::Restored { .. } => operator(format!(
+                "the source is a backup that was brought back, or a standby that had not all commits when it took over: what it holds since \
+                 then is not what the topics hold; {NEW_SNAPSHOT}"
+            )),
+            Self::OtherServer { .. } => operator(format!("correct source.url; or if that server is meant: {NEW_SNAPSHOT}")),
             Self::SlotBusy { .. } => operator("stop the other process, or name another cdc.slot here".to_owned()),
             Self::Progress { .. } => operator("repair the row in ledgerline.cdc_snapshot of the state database".to_owned()),
             Self::Row { .. } => operator("exclude the table in cdc.tables_exclude, and report the value as a bug".to_owned()),
+            Self::Poison { .. } => operator(
+                "cdc.errors_tolerance = \"all\" sets such rows aside, with their bytes, in the topic of the dead letters; or leave the table out \
+                 (cdc.tables_exclude)"
+                    .to_owned(),
+            ),
+            Self::Unpublished { table, publication } => operator(format!(
+                "its changes since then are missing: `ledgerline cdc resnapshot {table}` takes it into {publication} again and reads what it holds; \
+                 or leave it out (cdc.tables_exclude)"
+            )),
             Self::ConnectAddress { .. } => operator("write cdc.connect_url as http://host:8083, with https:// and a user where it asks for them".to_owned()),
             Self::DatabaseAddress { .. } => operator("write cdc.database_address as Kafka Connect reaches the source, or leave it empty".to_owned()),
             Self::ConnectAnswer { status, .. } => connect_fault(*status),
@@ -175,11 +206,22 @@ impl Diagnose for Error {
             }
             Self::OffsetsMissing { .. } => operator(format!("somebody deleted the offsets, or another engine began this capture; {NEW_SNAPSHOT}")),
             Self::TaskFailed { remedy, .. } => operator(remedy.clone()),
+            Self::Silent(_) | Self::Deserted { .. } => Fault::Transient,
             Self::ConnectAway { .. } | Self::ConnectorGone { .. } | Self::NotStopped { .. } | Self::Ended | Self::Thread(_) => Fault::Transient,
             Self::Decode { .. } | Self::Panicked => Fault::Bug,
             Self::Stream(error) => error.fault(),
             Self::Topics(error) => error.fault(),
         }
+    }
+}
+
+/// What keeps a slot from being lost again, by PostgreSQL's `invalidation_reason`.
+fn keep_it(reason: &str) -> &'static str {
+    match reason {
+        "idle_timeout" => "raise idle_replication_slot_timeout",
+        "wal_level_insufficient" => "leave wal_level = logical",
+        "rows_removed" => "set hot_standby_feedback = on on the standby",
+        _ => "raise max_slot_wal_keep_size",
     }
 }
 
@@ -244,6 +286,11 @@ fn state_fault(code: &str) -> Fault {
     match code.get(..2) {
         // Connection failures, the server stopping or starting, deadlocks and serialization: they pass.
         Some("08" | "57" | "40" | "53" | "58" | "XX") => Fault::Transient,
+        Some("28") if code == "28000" => Fault::Operator(
+            "let the user in: on the server, pg_hba.conf needs a line for this user, database and address (a replication connection of ours is one to \
+             the database), and the role must exist and be allowed to log in; where all lines are hostssl, the address needs sslmode=require"
+                .to_owned(),
+        ),
         Some("28") => Fault::Operator("correct user and password in the address, or its sslmode where the server wants TLS".to_owned()),
         Some("3D") => Fault::Operator("create the database, or correct its name in the address".to_owned()),
         Some("42") if code == "42501" => {

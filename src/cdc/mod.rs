@@ -87,6 +87,8 @@ pub struct Config {
     pub transaction_metadata: bool,
     /// Which operations leave no event, Debezium's `skipped.operations`.
     pub skipped_operations: SkippedOperations,
+    /// What happens to a row that cannot become an event, Kafka Connect's `errors.tolerance`. The native engine's alone.
+    pub errors_tolerance: ErrorsTolerance,
     /// Headers that say which connector an event came through, Debezium's `extended.headers.enabled`.
     pub extended_headers: bool,
     /// Of Kafka Connect's user; from the environment only.
@@ -172,6 +174,17 @@ impl SkippedOperations {
     }
 }
 
+/// As Kafka Connect writes them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ErrorsTolerance {
+    /// It goes to the dead letters, with its LSN and its bytes, and the stream goes on.
+    #[default]
+    All,
+    /// The capture stops in front of it.
+    None,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -188,6 +201,7 @@ impl Default for Config {
             heartbeat: Span::from_secs(10),
             transaction_metadata: true,
             skipped_operations: SkippedOperations::T,
+            errors_tolerance: ErrorsTolerance::All,
             extended_headers: true,
             connect_password: None,
         }

@@ -18,10 +18,10 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
-    Config, SkippedOperations, SnapshotMode, catalog, context,
+    Config, ErrorsTolerance, SkippedOperations, SnapshotMode, catalog, context,
     envelope::Envelope,
     error::Error,
-    health::{self, Health},
+    health::{self, Health, Pulse},
     heartbeat::{self, Memory, Position},
     incremental::{self, Finishing, Requests},
     joining::{self, Joined},
@@ -80,6 +80,7 @@ pub(super) async fn run(
         topics: Topics::new(&config.topic_prefix),
         config,
         streamed: false,
+        served_by: None,
         stats: control.stats.borrow().clone(),
     };
     let abandoned = CancellationToken::new();
@@ -127,6 +128,8 @@ struct Capture {
     config: Config,
     /// Whether the stream flows, or flowed when the session broke.
     streamed: bool,
+    /// The server's process of the last replication connection.
+    served_by: Option<i32>,
     stats: Stats,
 }
 
@@ -134,10 +137,9 @@ struct Capture {
 struct Open {
     client: Replication,
     streaming: Streaming,
-    health: watch::Receiver<Option<Health>>,
     joined: watch::Receiver<Joined>,
     rereading: watch::Receiver<Option<IncrementalSnapshot>>,
-    _beside: [AbortOnDropHandle<()>; 3],
+    _beside: [AbortOnDropHandle<()>; 2],
 }
 
 impl Capture {
@@ -145,14 +147,27 @@ impl Capture {
     async fn session(&mut self, control: &mut Control<Stats>) -> Result<(), Error> {
         self.tell(control, Step::Connecting, None);
         let stop = control.stop.clone();
+        // While it opens only answers to questions show that the source lives: a snapshot's connection may hang for ever.
+        let (before, answers) = self.watched();
         let opened = tokio::select! {
             () = stop.cancelled() => return Ok(()),
+            silent = health::silence(answers) => return Err(silent),
             opened = self.open(control) => opened?,
         };
+        drop(before);
+        let (_watching, health) = self.watched();
         self.streamed = true;
+        self.served_by = Some(opened.client.pid);
         self.tell(control, Step::Streaming, None);
         tracing::info!(confirmed = %self.stats.confirmed_lsn, "streaming");
-        self.stream(opened, control).await
+        self.stream(opened, health, control).await
+    }
+
+    /// Looks at the slot from outside, from now on.
+    fn watched(&self) -> (AbortOnDropHandle<()>, watch::Receiver<Option<Health>>) {
+        let (seen, health) = watch::channel(None);
+        let watching = health::watch(self.source.clone(), self.config.slot.clone(), self.config.publication.clone(), seen);
+        (AbortOnDropHandle::new(tokio::spawn(watching)), health)
     }
 
     async fn open(&mut self, control: &Control<Stats>) -> Result<Open, Error> {
@@ -162,6 +177,9 @@ impl Capture {
         let wanted = catalog::wanted_tables(&mut connection, &self.config).await?;
         let progress = store.read().await?;
         let name = self.config.slot.clone();
+        if let Some(pid) = self.served_by.take() {
+            slot::let_go(&mut connection, &name, pid).await?;
+        }
         let found = slot::wait_until_free(&mut connection, &name, |text| self.tell(control, Step::Connecting, Some(text))).await?;
         let start = slot::decide(&name, &self.source.database, found.as_ref(), progress.as_ref())?;
         let published = prepare::publish(&mut connection, &self.config, &wanted, matches!(start, Start::Resume { .. }), false).await?;
@@ -181,8 +199,9 @@ impl Capture {
         let context = self.config.extended_headers.then(|| context::headers(&self.config.topic_prefix));
         let (client, snapshot, confirmed, last_commit) = match start {
             Start::Resume { snapshot, confirmed } => {
-                let last_commit = self.recall(&asking, snapshot, confirmed).await?;
-                (slot::connect(&self.source, &name, &self.config.publication).await?, snapshot, confirmed, last_commit)
+                let mut client = slot::connect(&self.source, &name, &self.config.publication).await?;
+                let last_commit = self.recall(&asking, &mut client, snapshot, confirmed).await?;
+                (client, snapshot, confirmed, last_commit)
             }
             Start::Fresh | Start::Over => {
                 if start == Start::Over {
@@ -206,19 +225,19 @@ impl Capture {
             asking,
             line,
             skips_truncate: self.config.skipped_operations == SkippedOperations::T,
+            tolerates_errors: self.config.errors_tolerance == ErrorsTolerance::All,
             context,
             heartbeat: *self.config.heartbeat,
             snapshot,
             confirmed,
             last_commit,
+            server: client.server,
         };
-        let (seen, health) = watch::channel(None);
-        let watching = AbortOnDropHandle::new(tokio::spawn(health::watch(self.source.clone(), name, self.config.publication.clone(), seen)));
         let (joins, joined) = watch::channel(Joined { tables: wanted, uncaptured: self.stats.uncaptured.clone() });
         let joining = AbortOnDropHandle::new(tokio::spawn(joining::watch(self.source.clone(), self.config.clone(), joins)));
         let streaming = Streaming::new(setup, envelope, producer, control.stop.clone());
         let reading = AbortOnDropHandle::new(tokio::spawn(reading));
-        Ok(Open { client, streaming, health, joined, rereading, _beside: [watching, joining, reading] })
+        Ok(Open { client, streaming, joined, rereading, _beside: [joining, reading] })
     }
 
     /// How a snapshot that was cut short goes on: from the slot as it stands, where that can be, with requests for what was not read.
@@ -240,11 +259,18 @@ impl Capture {
     }
 
     /// Asks the heartbeat topic whether the slot stands where we left it; the commit before its position.
-    async fn recall(&self, asking: &topics::Topics, snapshot: Lsn, confirmed: Lsn) -> Result<Option<Lsn>, Error> {
+    async fn recall(&self, asking: &topics::Topics, client: &mut Replication, snapshot: Lsn, confirmed: Lsn) -> Result<Option<Lsn>, Error> {
         let headers = asking.last_headers(&self.topics.heartbeat(), 0, heartbeat::HEADER, POSITIONS_READ).await?;
-        let positions = headers.iter().filter_map(|it| Position::from_header(it));
-        match heartbeat::recall(positions, snapshot, confirmed) {
+        let positions: Vec<Position> = headers.iter().filter_map(|it| Position::from_header(it)).collect();
+        let server = client.server;
+        let end = match heartbeat::last_server(&positions, snapshot).filter(|it| it.timeline != server.timeline) {
+            None => client.wal_end,
+            Some(before) => slot::left_at(client, before.timeline).await?.unwrap_or_default(),
+        };
+        match heartbeat::recall(&positions, snapshot, confirmed, server, end) {
             Memory::Known { last_commit } => Ok(last_commit),
+            Memory::Restored { furthest, end } => Err(Error::Restored { expected: furthest, found: end }),
+            Memory::Elsewhere { before } => Err(Error::OtherServer { expected: before, found: server.system_id }),
             Memory::Moved { furthest } => Err(Error::SlotMoved { slot: self.config.slot.clone(), expected: furthest, found: confirmed }),
             Memory::Blank => {
                 tracing::warn!(%confirmed, "the heartbeat topic has forgotten the slot's position, so nobody can say whether it was moved");
@@ -288,8 +314,9 @@ impl Capture {
         Ok((made.client, made.consistent_point))
     }
 
-    async fn stream(&mut self, open: Open, control: &mut Control<Stats>) -> Result<(), Error> {
-        let Open { mut client, mut streaming, mut health, mut joined, rereading, _beside } = open;
+    async fn stream(&mut self, open: Open, mut health: watch::Receiver<Option<Health>>, control: &mut Control<Stats>) -> Result<(), Error> {
+        let Open { mut client, mut streaming, mut joined, rereading, _beside } = open;
+        let mut pulse = Pulse::new(&self.config.slot, client.pid, Instant::now());
         let before = self.stats.clone();
         let producer = streaming.producer();
         let mut phase = *control.wanted.borrow();
@@ -302,6 +329,7 @@ impl Capture {
                 wish = control.next_wish() => phase = wish,
                 Ok(()) = health.changed() => {
                     let seen = health.borrow_and_update().clone();
+                    pulse.hear(seen.as_ref(), Instant::now())?;
                     self.see(seen)?;
                 }
                 Ok(()) = joined.changed() => {
@@ -309,6 +337,7 @@ impl Capture {
                     streaming.leave_out(&self.stats.uncaptured);
                 }
                 _ = ticks.tick() => {
+                    pulse.look(self.stats.received_lsn, Instant::now())?;
                     streaming.beat(Instant::now(), &mut self.stats)?;
                     self.stats.phase = phase;
                     self.stats.incremental_snapshot.clone_from(&rereading.borrow());
@@ -349,6 +378,11 @@ impl Capture {
         self.stats.source_lsn = seen.source_lsn;
         if !seen.publication_exists {
             return Err(Error::PublicationMissing { publication: self.config.publication.clone() });
+        }
+        // A publication of somebody's own may hold more than we capture.
+        let captured = |it: &&TableId| catalog::is_wanted(&self.config.tables, &self.config.tables_exclude, it);
+        if let Some(table) = seen.unpublished.iter().find(captured) {
+            return Err(Error::Unpublished { table: table.to_string(), publication: self.config.publication.clone() });
         }
         let Some(slot) = seen.slot else { return Err(Error::SlotMissing { slot: self.config.slot.clone() }) };
         slot::require_alive(&self.config.slot, &slot)?;

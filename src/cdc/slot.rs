@@ -5,11 +5,12 @@ use std::{
     time::Duration,
 };
 
-use pgwire_replication::{PgWireError, ReplicationClient};
+use pgwire_replication::{PgWireError, ReplicationClient, ReplicationConfig};
 use sqlx::{PgConnection, Row as _};
 
 use super::{
     error::{Error, sql_state},
+    heartbeat::{self, Server},
     progress::Progress,
     source::{Source, by_the_certificates_name, parse_lsn},
     stats::SlotHealth,
@@ -20,6 +21,8 @@ use crate::change::Lsn;
 /// network that died takes `wal_sender_timeout`.
 const BUSY_MAX: Duration = Duration::from_secs(70);
 const BUSY_POLL: Duration = Duration::from_millis(250);
+/// How long the server may take to answer a replication connection; the transport itself would wait for ever.
+const CONNECT_MAX: Duration = Duration::from_secs(10);
 
 /// A slot as the server shows it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -135,6 +138,17 @@ pub(super) async fn wait_until_free(connection: &mut PgConnection, name: &str, m
     }
 }
 
+/// Ends a connection of ours that the server has not noticed to be gone: with a long `wal_sender_timeout`, or none, it would keep
+/// the slot for as long.
+pub(super) async fn let_go(connection: &mut PgConnection, name: &str, pid: i32) -> Result<(), Error> {
+    const END: &str = "select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where slot_name = $1 and active_pid = $2";
+    let ended: Option<bool> = sqlx::query_scalar(END).bind(name).bind(pid).fetch_optional(connection).await.map_err(failed)?;
+    if ended.is_some() {
+        tracing::info!(slot = name, pid, "the server still served our last connection; it was told to end it");
+    }
+    Ok(())
+}
+
 async fn holder(connection: &mut PgConnection, pid: i32) -> Result<String, Error> {
     const WHO: &str = "select coalesce(nullif(application_name, ''), 'an unnamed program') || ' at ' || coalesce(host(client_addr), 'the same host') from pg_stat_activity where pid = $1";
     let who: Option<String> = sqlx::query_scalar(WHO).bind(pid).fetch_optional(connection).await.map_err(failed)?;
@@ -147,24 +161,33 @@ pub(super) async fn drop_slot(connection: &mut PgConnection, name: &str) -> Resu
 }
 
 /// A replication connection. Dropped, it lets go of the slot at once; the transport alone would notice seconds later.
-pub(super) struct Replication(ReplicationClient);
+pub(super) struct Replication {
+    client: ReplicationClient,
+    /// The server's process that serves it: whoever else holds the slot is not us.
+    pub(super) pid: i32,
+    pub(super) server: Server,
+    /// The end of the server's flushed WAL when it was made.
+    pub(super) wal_end: Lsn,
+    /// Whether a standby of the server can keep the slot, and go on with it when it takes over: PostgreSQL 17 and newer.
+    failover: bool,
+}
 
 impl Deref for Replication {
     type Target = ReplicationClient;
     fn deref(&self) -> &ReplicationClient {
-        &self.0
+        &self.client
     }
 }
 
 impl DerefMut for Replication {
     fn deref_mut(&mut self) -> &mut ReplicationClient {
-        &mut self.0
+        &mut self.client
     }
 }
 
 impl Drop for Replication {
     fn drop(&mut self) {
-        self.0.abort();
+        self.client.abort();
     }
 }
 
@@ -180,8 +203,10 @@ pub(super) struct Made {
 pub(super) async fn create(source: &Source, name: &str, publication: &str) -> Result<Made, Error> {
     let failed = |source| Error::Replication { what: "make the replication slot", source };
     let mut client = connect(source, name, publication).await?;
-    let rows =
-        client.simple_query(&format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'export')", super::source::quoted(name))).await.map_err(failed)?;
+    // Where no standby synchronizes slots it means nothing.
+    let failover = if client.failover { ", FAILOVER true" } else { "" };
+    let create = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'export'{failover})", super::source::quoted(name));
+    let rows = client.simple_query(&create).await.map_err(failed)?;
     let column = |at: usize| rows.first().and_then(|row| row.get(at)?.as_ref()).map(|it| String::from_utf8_lossy(it).into_owned());
     let (Some(consistent_point), Some(snapshot)) = (column(1), column(2)) else {
         return Err(failed(PgWireError::Protocol("CREATE_REPLICATION_SLOT answered without a snapshot".to_owned())));
@@ -199,19 +224,43 @@ pub(super) async fn start(mut client: Replication, name: &str) -> Result<Replica
 
 /// A connection that has not started.
 pub(super) async fn connect(source: &Source, name: &str, publication: &str) -> Result<Replication, Error> {
-    let failed = |source| Error::Replication { what: "open a replication connection", source };
     let config = source.replication(name, publication);
-    let mut client = ReplicationClient::connect_gated(config.clone()).await.map(Replication).map_err(failed)?;
-    if source.sslmode() != "verify-ca" {
-        return Ok(client);
-    }
-    // The handshake comes with the first question.
-    match client.simple_query("IDENTIFY_SYSTEM").await {
-        Err(PgWireError::Tls(refusal)) => match by_the_certificates_name(config, &refusal) {
-            Some(config) => ReplicationClient::connect_gated(config).await.map(Replication).map_err(failed),
-            None => Err(failed(PgWireError::Tls(refusal))),
-        },
-        answer => answer.map(|_| client).map_err(failed),
+    let connecting = async {
+        match introduced(config.clone()).await {
+            // The handshake comes with the first question.
+            Err(PgWireError::Tls(refusal)) if source.sslmode() == "verify-ca" => match by_the_certificates_name(config, &refusal) {
+                Some(config) => introduced(config).await,
+                None => Err(PgWireError::Tls(refusal)),
+            },
+            answer => answer,
+        }
+    };
+    let connecting = tokio::time::timeout(CONNECT_MAX, connecting).await;
+    let timed_out = |_| PgWireError::from(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer within 10 s"));
+    connecting.map_err(timed_out).and_then(|it| it).map_err(|source| Error::Replication { what: "open a replication connection", source })
+}
+
+/// Connects and asks who is there.
+async fn introduced(config: ReplicationConfig) -> Result<Replication, PgWireError> {
+    let mut client = ReplicationClient::connect_gated(config).await?;
+    let answer = client.simple_query("select pg_backend_pid(), current_setting('server_version_num')").await?;
+    let number = |at: usize| answer.first().and_then(|row| std::str::from_utf8(row.get(at)?.as_ref()?).ok()?.parse::<i32>().ok());
+    let unnumbered = || PgWireError::Protocol("pg_backend_pid and server_version_num are not numbers".to_owned());
+    let (pid, version) = number(0).zip(number(1)).ok_or_else(unnumbered)?;
+    let system = client.identify_system().await?;
+    let system_id = system.system_id.parse().map_err(|_| PgWireError::Protocol("IDENTIFY_SYSTEM: the system identifier is not a number".to_owned()))?;
+    let server = Server { system_id, timeline: system.timeline };
+    Ok(Replication { client, pid, server, wal_end: Lsn(system.xlogpos.as_u64()), failover: version >= 170_000 })
+}
+
+/// Where the server's history left a timeline; None where that is no part of it.
+pub(super) async fn left_at(client: &mut Replication, timeline: u32) -> Result<Option<Lsn>, Error> {
+    let current = client.server.timeline;
+    match client.timeline_history(current).await {
+        Ok(history) => Ok(heartbeat::left_at(&String::from_utf8_lossy(&history.content), timeline)),
+        // The first timeline has no history, so it is no heir of another.
+        Err(PgWireError::Server(_)) => Ok(None),
+        Err(source) => Err(Error::Replication { what: "read the source's timeline history", source }),
     }
 }
 

@@ -24,7 +24,7 @@ use super::{
     dead_letter,
     envelope::{Envelope, Origin, Table, Update},
     error::{Error, Poison},
-    heartbeat::{self, Position},
+    heartbeat::{self, Position, Server},
     incremental::{self, Line, Settled},
     ledger::{Ledger, Meaning},
     pgoutput::{self, Message, Old, Relation, Tuple},
@@ -46,6 +46,8 @@ use crate::{
 const EPOCH_2000_US: i64 = 946_684_800_000_000;
 /// While changes flow, a position is written down this often: a crash repeats at most about this much.
 const POSITION_INTERVAL: Duration = Duration::from_secs(1);
+/// How long the catalog may take to answer about one table.
+const DESCRIBED_MAX: Duration = Duration::from_secs(30);
 /// When all is acknowledged and only other tables' WAL moves, the slot follows this fast.
 const POSITION_INTERVAL_IDLE: Duration = Duration::from_millis(250);
 
@@ -94,6 +96,8 @@ pub(super) struct Setup {
     pub(super) line: Line,
     pub(super) transaction_metadata: bool,
     pub(super) skips_truncate: bool,
+    /// Rows that cannot become events are set aside; otherwise the first one is the end.
+    pub(super) tolerates_errors: bool,
     /// On every event of a table.
     pub(super) context: Option<Headers>,
     pub(super) heartbeat: Duration,
@@ -102,6 +106,7 @@ pub(super) struct Setup {
     /// Where it stands now.
     pub(super) confirmed: Lsn,
     pub(super) last_commit: Option<Lsn>,
+    pub(super) server: Server,
 }
 
 /// A table of the stream, its key for the day it is dropped, and its count.
@@ -293,7 +298,9 @@ impl Streaming {
         };
         let before = self.tables.get(&relation.id);
         let counted = before.map(|it| it.counted).unwrap_or_default();
-        let described = catalog::describe_relation(&mut connection, relation, before.map(|it| &it.key), &self.setup.topics).await;
+        let describing = catalog::describe_relation(&mut connection, relation, before.map(|it| &it.key), &self.setup.topics);
+        // The connection has been idle since the last one, and a network may have forgotten it without a word.
+        let described = tokio::time::timeout(DESCRIBED_MAX, describing).await.unwrap_or(Err(Error::Silent(DESCRIBED_MAX)));
         // Where the description failed the connection is not kept: it may be what failed.
         let (table, key) = described?;
         self.catalog = Some(connection);
@@ -408,6 +415,10 @@ impl Streaming {
     }
 
     async fn set_aside(&mut self, lsn: Lsn, op: &str, data: &[u8], table: Option<&TableId>, poison: &Poison, stats: &mut Stats) -> Result<Flow, Error> {
+        if !self.setup.tolerates_errors {
+            let table = table.map_or_else(|| "unknown to us".to_owned(), ToString::to_string);
+            return Err(Error::Poison { table, lsn, source: poison.clone() });
+        }
         tracing::error!(error = %poison, %lsn, table = table.map(ToString::to_string), "a row cannot become an event; it goes to the dead letters");
         stats.dead_letters += 1;
         let out = &mut self.scratch.1;
@@ -521,7 +532,8 @@ impl Streaming {
 
     /// Writes the position down, in a heartbeat. With a full queue nothing happens, the next one will do.
     fn write_position(&mut self, now: Instant, stats: &mut Stats) -> Result<(), Error> {
-        let position = Position { snapshot: self.setup.snapshot, confirmed: self.position, last_commit: self.last_commit };
+        let server = Some(self.setup.server);
+        let position = Position { snapshot: self.setup.snapshot, confirmed: self.position, last_commit: self.last_commit, server };
         let at = SystemTime::now();
         let value = heartbeat::value(at);
         let receipt = Receipt::open();

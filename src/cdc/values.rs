@@ -449,7 +449,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_text_it_becomes_json_or_an_error(kind in prop::sample::select(KINDS.to_vec()), text in "[-0-9 :.+,{}\"\\\\a-z=>NBC☃😀]{0,40}") {
+        fn whatever_the_text_it_becomes_json_or_an_error(kind in prop::sample::select(KINDS.to_vec()), text in "[-0-9 :.+,{}()\\[\\]/$\"\\\\a-zA-Z=>☃😀]{0,40}") {
             let mut out = Vec::new();
             if kind.write(&mut out, &text).is_ok() && kind != Kind::One(Scalar::Integer) {
                 prop_assert!(serde_json::from_slice::<serde_json::Value>(&out).is_ok(), "{}", String::from_utf8_lossy(&out));

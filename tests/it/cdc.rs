@@ -4,6 +4,7 @@ mod applying;
 mod bytes;
 mod connect;
 mod contract;
+mod crashes;
 mod days;
 #[cfg(feature = "stack")]
 mod debezium;
@@ -11,5 +12,8 @@ mod debezium;
 mod differential;
 mod encrypted;
 mod house;
+mod network;
+mod networks;
 mod refusals;
 mod rereading;
+mod stops;

@@ -32,7 +32,7 @@ pub(super) const PAYMENTS: &str =
     "create table payments (id bigint primary key, amount numeric(18,2) not null, note text); alter table payments replica identity full;";
 
 /// Inserts, updates and deletes until told to stop, or all of `ids` are used; several may run, each on ids of its own.
-fn write_payments(url: Secret, mut ids: Range<i64>) -> (Arc<AtomicBool>, JoinHandle<()>) {
+pub(super) fn write_payments(url: Secret, mut ids: Range<i64>) -> (Arc<AtomicBool>, JoinHandle<()>) {
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
     let writing = tokio::spawn(async move {

@@ -19,7 +19,7 @@ pub(super) async fn refuses(database: &Database, broker: &Broker, config: Config
 }
 
 /// A database with a capture that ran and stopped in good order.
-async fn captured(test: &str) -> (Database, Broker, Config) {
+pub(super) async fn captured(test: &str) -> (Database, Broker, Config) {
     let database = Database::create(test).await;
     database.run(PAYMENTS).await;
     let broker = Broker::start(&database, &["public.payments"], 1);
