@@ -13,6 +13,7 @@ use crate::{
     pipeline::{
         command::StageName,
         snapshot::{Flow, HISTORY_SECONDS},
+        supervise::Health,
     },
     tui::{
         keys::Pane,
@@ -104,8 +105,11 @@ fn nothing_yet(scene: Scene) -> String {
 /// What a crash would read again, whether the slot lives, what could not be understood. The least urgent gives way.
 fn slot_line(scene: Scene, width: usize) -> Line<'static> {
     let cdc = &scene.now.cdc;
-    let mut parts = vec![Span::raw(format!("WAL {} behind", bytes_for_people(cdc.lag_bytes)))];
+    // Who is held looks at nothing: what was seen last may have changed since, and be the very reason.
+    let looking = !matches!(scene.now.stage(StageName::Cdc).map(|it| &it.health), Some(Health::Held { .. } | Health::Failed { .. }));
+    let mut parts = if looking { vec![Span::raw(format!("WAL {} behind", bytes_for_people(cdc.lag_bytes)))] } else { Vec::new() };
     parts.push(match &cdc.slot {
+        _ if !looking => scene.mark(State::Failed, "nobody reads the slot"),
         Some(SlotHealth { wal_status, .. }) if wal_status == "lost" => scene.mark(State::Failed, "slot lost"),
         Some(slot) if slot.in_danger() => scene.mark(State::Failed, "slot in danger"),
         Some(SlotHealth { active: true, .. }) => Span::raw("slot active"),

@@ -98,6 +98,8 @@ fn of_two_that_are_equally_bad_the_cause_is_said() {
         it.health = Health::Held { reason: "the slot is lost".into(), remedy: "ledgerline cdc remove".into(), since: noon() };
     });
     assert_eq!(verdict(&now).text, "cdc stopped: the slot is lost · ledgerline cdc remove");
+    let text = picture(&judged(now), &mut on_screen(Pane::Stream, &failing()), (120, 36));
+    assert!(text.contains("nobody reads the slot") && !text.contains("slot active"), "what was seen before it stopped is not shown as seen now: {text}");
     // What waits for a service explains why something else is late.
     let mut now = service_away();
     now.cdc.lag_bytes = 1 << 40;
