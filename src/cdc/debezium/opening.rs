@@ -56,13 +56,13 @@ pub(super) struct Reading {
 
 impl Capture {
     pub(super) async fn open(&mut self, control: &Control<Stats>) -> Result<Open, Error> {
+        let registrar = Registrar { rest: self.rest.clone(), source: &self.source, config: &self.config };
+        registrar.require_plugin().await?;
         let asking = topics::Topics::connect(&self.kafka)?;
         if self.boundaries_from.is_none() {
             let marks = asking.watermarks(BTreeSet::from([self.topics.boundaries()])).await?;
             self.boundaries_from = marks.first().map(|(_, marks)| marks.end);
         }
-        let registrar = Registrar { rest: self.rest.clone(), source: &self.source, config: &self.config };
-        registrar.require_plugin().await?;
         let mut connection = self.source.connect().await?;
         catalog::check_server(&mut connection).await?;
         let mut store = Store::open(&self.state, &self.config.topic_prefix).await?;
