@@ -10,8 +10,9 @@
 //! somebody else moved is recognised. How far the snapshot came is a row of `ledgerline.cdc_snapshot` in the state database.
 //!
 //! **After a crash** it starts again at the slot's position: whole transactions are repeated, with the same bytes but for the
-//! top-level times; none is left out. A snapshot that was cut short is taken anew. A slot that is lost, missing or was
-//! moved stops the stage loudly: the changes are gone, and only a person can decide to read everything again.
+//! top-level times; none is left out. A snapshot that was cut short goes on from its slot, what is left of it chunk by chunk
+//! while the stream flows; where no table had been read to its end it is taken anew. A slot that is lost, missing or was moved
+//! stops the stage loudly: the changes are gone, and only a person can decide to read everything again.
 
 mod admin;
 mod boundaries;

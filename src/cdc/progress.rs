@@ -42,7 +42,8 @@ impl From<(Lane, Watermarks)> for LaneEnd {
 
 /// A finished snapshot: it is complete in the lake once every lane has landed up to its end.
 ///
-/// Rows read (`op r`) with another `source.lsn` are of a snapshot that was cut short and taken again.
+/// Rows read (`op r`) with another `source.lsn` are of a snapshot that was cut short and taken again. Those that tell none are of an
+/// incremental snapshot.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SnapshotEnds {
     pub lsn: Lsn,
@@ -71,8 +72,7 @@ impl Store {
         const SCHEMA: &str = "create schema if not exists ledgerline;
             create table if not exists ledgerline.cdc_snapshot (
                 topic_prefix text primary key, slot text not null, lsn bigint,
-                started_at timestamptz not null, finished_at timestamptz, ends jsonb);
-            alter table ledgerline.cdc_snapshot add column if not exists tables_read text[] not null default '{}'";
+                started_at timestamptz not null, finished_at timestamptz, ends jsonb, tables_read jsonb)";
         let mut connection = source::connect_state(state).await?;
         let mut tries = 0;
         loop {
@@ -89,32 +89,37 @@ impl Store {
     /// Reads the row, and makes nothing: without the table there is none.
     pub(super) async fn look(state: &Secret, topic_prefix: &str) -> Result<Option<Progress>, Error> {
         let mut store = Self { connection: source::connect_state(state).await?, topic_prefix: topic_prefix.to_owned() };
-        const KNOWN: &str = "select exists (select from pg_attribute where attrelid = to_regclass('ledgerline.cdc_snapshot') and attname = 'tables_read')";
-        let known: bool = sqlx::query_scalar(KNOWN).fetch_one(&mut store.connection).await.map_err(failed)?;
+        let known: bool =
+            sqlx::query_scalar("select to_regclass('ledgerline.cdc_snapshot') is not null").fetch_one(&mut store.connection).await.map_err(failed)?;
         let found = if known { store.read().await? } else { None };
         store.close().await;
         Ok(found)
     }
 
     pub(super) async fn read(&mut self) -> Result<Option<Progress>, Error> {
-        const READ: &str = "select slot, lsn, finished_at, ends, tables_read from ledgerline.cdc_snapshot where topic_prefix = $1";
+        // An earlier version made the table without `tables_read`.
+        const READ: &str = "select slot, lsn, finished_at, ends, nullif(to_jsonb(it) -> 'tables_read', 'null') as tables_read
+            from ledgerline.cdc_snapshot it where topic_prefix = $1";
         let row = sqlx::query(READ).bind(&self.topic_prefix).fetch_optional(&mut self.connection).await.map_err(failed)?;
         let Some(row) = row else { return Ok(None) };
         let lsn: Option<i64> = row.try_get("lsn").map_err(failed)?;
         let ends: Option<Json<Vec<LaneEnd>>> = row.try_get("ends").map_err(failed)?;
+        let tables_read: Option<Json<Vec<String>>> = row.try_get("tables_read").map_err(failed)?;
         Ok(Some(Progress {
             slot: row.try_get("slot").map_err(failed)?,
             lsn: lsn.map(u64::try_from).transpose().map_err(|_| Error::Progress { reason: "its LSN is negative" })?.map(Lsn),
             finished_at: row.try_get("finished_at").map_err(failed)?,
             ends: ends.map(|it| it.0).unwrap_or_default(),
-            tables_read: row.try_get("tables_read").map_err(failed)?,
+            tables_read: tables_read.map(|it| it.0).unwrap_or_default(),
         }))
     }
 
     /// Notes that a slot is about to be made: from now on it is ours, and unfinished.
     pub(super) async fn begin(&mut self, slot: &str) -> Result<(), Error> {
         const BEGIN: &str = "insert into ledgerline.cdc_snapshot (topic_prefix, slot, started_at) values ($1, $2, now())
-            on conflict (topic_prefix) do update set slot = excluded.slot, lsn = null, started_at = now(), finished_at = null, ends = null, tables_read = '{}'";
+            on conflict (topic_prefix) do update set slot = excluded.slot, lsn = null, started_at = now(), finished_at = null, ends = null, tables_read = null";
+        const ADD: &str = "alter table ledgerline.cdc_snapshot add column if not exists tables_read jsonb";
+        sqlx::raw_sql(ADD).execute(&mut self.connection).await.map_err(failed)?;
         self.write(sqlx::query(BEGIN).bind(&self.topic_prefix).bind(slot)).await
     }
 
@@ -127,8 +132,8 @@ impl Store {
     /// Notes that the broker has every row of these tables.
     pub(super) async fn note_read(&mut self, tables: &[String]) -> Result<(), Error> {
         const NOTE: &str = "update ledgerline.cdc_snapshot
-            set tables_read = array(select unnest(tables_read) union select unnest($2::text[])) where topic_prefix = $1";
-        self.write(sqlx::query(NOTE).bind(&self.topic_prefix).bind(tables)).await
+            set tables_read = coalesce(tables_read, '[]') || $2 where topic_prefix = $1";
+        self.write(sqlx::query(NOTE).bind(&self.topic_prefix).bind(Json(tables))).await
     }
 
     /// Notes that the snapshot is with the broker.

@@ -203,7 +203,10 @@ async fn a_snapshot_that_was_cut_short_goes_on_without_losing_the_streams_place(
     broker.mock().broker_round_trip_time(1, std::time::Duration::from_secs(3)).expect("slower");
     let mut state = database.connect().await;
     let read = async {
-        while sqlx::query_scalar::<_, i64>("select cardinality(tables_read)::bigint from ledgerline.cdc_snapshot").fetch_one(&mut state).await.expect("a row")
+        while sqlx::query_scalar::<_, i64>("select coalesce(jsonb_array_length(tables_read), 0)::bigint from ledgerline.cdc_snapshot")
+            .fetch_one(&mut state)
+            .await
+            .expect("a row")
             == 0
         {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
