@@ -63,7 +63,7 @@
     {% if not execute or var('snapshot') == 'never' %}
         {{ return(none) }}
     {% endif %}
-    {% if is_incremental() and scalar('select max(lsn) from ' ~ this ~ ' where xid <= 0') is not none %}
+    {% if is_incremental() and scalar('select max(lsn) from ' ~ this ~ ' where end_offset = -1') is not none %}
         {{ return(none) }}
     {% endif %}
     {% set arrivals = ref('arrivals') %}
@@ -84,7 +84,7 @@
     {% endif %}
     {% set read_at = scalar('select max(lsn) from ' ~ source('raw', '_snapshot_ends')) %}
     {% set xid = scalar(
-        'select coalesce(min(xid), 0) from ' ~ arrivals ~ ' where xid ' ~ ('< 0' if read_at is none else '= -' ~ read_at)
+        'select coalesce(min(xid), 0) from ' ~ arrivals ~ ' where lsn > 1 and xid ' ~ ('< 0' if read_at is none else '= -' ~ read_at)
     ) %}
     {% set taken = namespace(micros=0) %}
     {% for table in var('tables') if not taken.micros %}
@@ -150,7 +150,10 @@
         select min(coalesce((
             select {{ json_field('envelopes.v', 'source.lsn', 'integer') }}
             from {{ source('raw', table) }} as envelopes
-            where envelopes._partition = lanes._partition and envelopes._offset <= lanes._offset and envelopes.v is not null
+            where
+                envelopes._partition = lanes._partition
+                and envelopes._offset <= lanes._offset
+                and {{ json_field('envelopes.v', 'source.lsn', 'integer') }} is not null
             order by envelopes._offset desc
             limit 1
         ), -1))

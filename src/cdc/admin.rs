@@ -38,7 +38,7 @@ pub struct Standing {
     /// WAL the capture has not confirmed.
     pub lag_bytes: Option<u64>,
     pub snapshot: SnapshotState,
-    /// Tables that wait to be read again, or are being read.
+    /// Tables that wait to be read again, are being read, or were given up.
     pub incremental_snapshots: Vec<Request>,
 }
 
@@ -133,7 +133,7 @@ pub async fn standing(source: &Secret, state: &Secret, config: &Config) -> Resul
     let _ = connection.close().await;
     let progress = Store::look(state, &config.topic_prefix).await?;
     let incremental_snapshots = match Requests::look(state, &config.topic_prefix).await? {
-        Some(mut requests) => requests.waiting().await?,
+        Some(mut requests) => requests.told().await?,
         None => Vec::new(),
     };
     let (connector, connect_trouble) = match config.engine {

@@ -25,6 +25,8 @@ pub enum Error {
         #[source]
         source: PgWireError,
     },
+    #[error("{parameter} of the address names {path}, which cannot be read: {reason}")]
+    Certificate { parameter: &'static str, path: String, reason: std::io::ErrorKind },
     #[error("the server is PostgreSQL {found}, logical decoding as we need it starts with 15")]
     OldServer { found: i32 },
     #[error("wal_level is {found}, not logical")]
@@ -149,6 +151,7 @@ impl Diagnose for Error {
         let operator = |text: String| Fault::Operator(text);
         match self {
             Self::Address { .. } => operator("write source.url as postgres://user@host:port/database".to_owned()),
+            Self::Certificate { parameter, .. } => operator(format!("correct {parameter} in the address of the source, or make that file readable for us")),
             Self::Sql { source, .. } => sql_fault(source),
             Self::Replication { source, .. } => replication_fault(source),
             Self::OldServer { .. } => operator("use a server of PostgreSQL 15 or newer".to_owned()),
@@ -253,6 +256,8 @@ fn sql_fault(error: &sqlx::Error) -> Fault {
     match error {
         sqlx::Error::Database(database) => database.code().map_or(Fault::Bug, |code| state_fault(&code)),
         sqlx::Error::Tls(_) => Fault::Operator(FIT_TLS.to_owned()),
+        // What the handshake itself says comes as broken data.
+        sqlx::Error::Io(broken) if broken.kind() == std::io::ErrorKind::InvalidData => Fault::Operator(FIT_TLS.to_owned()),
         sqlx::Error::Configuration(_) => Fault::Operator("correct the address of the database".to_owned()),
         sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => Fault::Transient,
         _ => Fault::Bug,

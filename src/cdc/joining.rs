@@ -51,6 +51,18 @@ async fn look(source: &Source, config: &Config, joined: &watch::Sender<Joined>, 
     if tables != joined.borrow().tables {
         let uncaptured = prepare::publish(&mut connection, config, &tables, true, false).await?.uncaptured;
         joined.send_replace(Joined { tables, uncaptured });
+        return Ok(connection);
+    }
+    let mut uncaptured = joined.borrow().uncaptured.clone();
+    if !uncaptured.is_empty() {
+        // One that is to be read again has joined the publication since.
+        let published = catalog::published(&mut connection, &config.publication).await?.unwrap_or_default();
+        uncaptured.retain(|name| !published.iter().any(|it| it.to_string() == *name));
+        joined.send_if_modified(|it| {
+            let changed = it.uncaptured != uncaptured;
+            it.uncaptured = uncaptured;
+            changed
+        });
     }
     Ok(connection)
 }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
+use sqlx::PgConnection;
 use tokio::{
     sync::{oneshot, watch},
     time::Interval,
@@ -22,13 +23,13 @@ use super::{
     error::Error,
     health::{self, Health, Pulse},
     heartbeat::{self, Memory, Position},
-    incremental,
+    incremental::{self, Finishing, Requests},
     joining::{self, Joined},
     patience::Patience,
     prepare,
-    progress::{LaneEnd, Store},
+    progress::{LaneEnd, Progress, Store},
     sending::Flow,
-    slot::{self, Replication, Start},
+    slot::{self, Replication, Slot, Start},
     snapshot,
     source::Source,
     stats::{IncrementalSnapshot, Stats, Step},
@@ -184,12 +185,16 @@ impl Capture {
         let published = prepare::publish(&mut connection, &self.config, &wanted, matches!(start, Start::Resume { .. }), false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
+        let (start, finishing) = match start {
+            Start::Over => self.go_on(&mut connection, (found.as_ref(), progress.as_ref()), &tables).await?,
+            start => (start, None),
+        };
         let asking = topics::Topics::connect(&self.kafka)?;
         let bytes_max = prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         let producer = Arc::new(Producer::new(&self.kafka, bytes_max)?);
         let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
         let (told, rereading) = watch::channel(None);
-        let reader = incremental::Setup { source: self.source.clone(), state: self.state.clone(), config: self.config.clone() };
+        let reader = incremental::Setup { source: self.source.clone(), state: self.state.clone(), config: self.config.clone(), finishing };
         let (line, reading) = incremental::reader(reader, told);
         let context = self.config.extended_headers.then(|| context::headers(&self.config.topic_prefix));
         let (client, snapshot, confirmed, last_commit) = match start {
@@ -233,6 +238,24 @@ impl Capture {
         let streaming = Streaming::new(setup, envelope, producer, control.stop.clone());
         let reading = AbortOnDropHandle::new(tokio::spawn(reading));
         Ok(Open { client, streaming, joined, rereading, _beside: [joining, reading] })
+    }
+
+    /// How a snapshot that was cut short goes on: from the slot as it stands, where that can be, with requests for what was not read.
+    async fn go_on(
+        &self,
+        connection: &mut PgConnection,
+        (slot, progress): (Option<&Slot>, Option<&Progress>),
+        tables: &BTreeSet<TableId>,
+    ) -> Result<(Start, Option<Finishing>), Error> {
+        let Some((start, left)) = prepare::left_to_read(connection, slot, progress, tables).await? else { return Ok((Start::Over, None)) };
+        tracing::info!(tables = ?left, "going on with the snapshot that was cut short");
+        let mut requests = Requests::open(&self.state, &self.config.topic_prefix).await?;
+        for table in &left {
+            requests.ask(table).await?;
+        }
+        requests.close().await;
+        let topics = tables.iter().map(|it| self.topics.table(it)).collect();
+        Ok((start, Some(Finishing { asking: topics::Topics::connect(&self.kafka)?, topics })))
     }
 
     /// Asks the heartbeat topic whether the slot stands where we left it; the commit before its position.
@@ -279,9 +302,9 @@ impl Capture {
                 }
                 self.tell(control, Step::Snapshot, None);
             };
-            snapshot::take(&plan, envelope, producer, tell).await?;
+            snapshot::take(&plan, envelope, producer, store, tell).await?;
             let lanes = asking.watermarks(tables.iter().map(|it| self.topics.table(it)).collect()).await?;
-            ends = lanes.into_iter().map(|(lane, marks)| LaneEnd { topic: lane.topic.to_string(), partition: lane.partition, end_offset: marks.end }).collect();
+            ends = lanes.into_iter().map(LaneEnd::from).collect();
         }
         store.finish(&ends).await?;
         if let Some(snapshot) = &mut self.stats.snapshot {

@@ -11,7 +11,7 @@ use super::{
     catalog,
     debezium::registration::{self, Registrar},
     error::Error,
-    progress::Store,
+    progress::{Progress, Store},
     slot::{self, Made, Start},
     source::Source,
 };
@@ -97,6 +97,29 @@ pub(super) async fn make_slot(store: &mut Store, source: &Source, config: &Confi
     let made = slot::create(source, &config.slot, &config.publication).await?;
     store.made(made.consistent_point).await?;
     Ok(made)
+}
+
+/// Which tables a snapshot that was cut short has not read, where it can go on: the slot is kept, and they are read in chunks while the
+/// stream flows. None where it must be taken anew: no table was read to its end, or one that was not has no key.
+pub(super) async fn left_to_read(
+    connection: &mut PgConnection,
+    slot: Option<&slot::Slot>,
+    progress: Option<&Progress>,
+    tables: &BTreeSet<TableId>,
+) -> Result<Option<(Start, Vec<String>)>, Error> {
+    let Some((slot, progress)) = slot.zip(progress.filter(|it| !it.tables_read.is_empty())) else { return Ok(None) };
+    let Some(snapshot) = progress.lsn else { return Ok(None) };
+    if slot::require_alive(&progress.slot, slot).is_err() {
+        return Ok(None);
+    }
+    let mut left = Vec::new();
+    for table in tables.iter().filter(|it| !progress.tables_read.contains(&it.to_string())) {
+        if catalog::primary_key(connection, table).await?.1.is_empty() {
+            return Ok(None);
+        }
+        left.push(table.to_string());
+    }
+    Ok(Some((Start::Resume { snapshot, confirmed: slot.health.confirmed_flush_lsn }, left)))
 }
 
 /// Brings publication, topics, and slot or connector to what the configuration says, without starting to stream; the same checks as a start.

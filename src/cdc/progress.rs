@@ -5,7 +5,11 @@ use serde::{Deserialize, Serialize};
 use sqlx::{Connection as _, PgConnection, Row as _, types::Json};
 
 use super::{error::Error, source};
-use crate::{change::Lsn, secret::Secret};
+use crate::{
+    change::Lsn,
+    secret::Secret,
+    stream::{Lane, topics::Watermarks},
+};
 
 /// Other stages make the same schema at the same moment; whoever loses that race finds it made.
 const CREATE_TRIES: usize = 5;
@@ -18,6 +22,8 @@ pub(super) struct Progress {
     pub(super) lsn: Option<Lsn>,
     pub(super) finished_at: Option<DateTime<Utc>>,
     pub(super) ends: Vec<LaneEnd>,
+    /// Tables of which the broker has every row.
+    pub(super) tables_read: Vec<String>,
 }
 
 /// The end of a lane right after the last row of the snapshot was acknowledged.
@@ -26,6 +32,12 @@ pub struct LaneEnd {
     pub topic: String,
     pub partition: i32,
     pub end_offset: i64,
+}
+
+impl From<(Lane, Watermarks)> for LaneEnd {
+    fn from((lane, marks): (Lane, Watermarks)) -> Self {
+        Self { topic: lane.topic.to_string(), partition: lane.partition, end_offset: marks.end }
+    }
 }
 
 /// A finished snapshot: it is complete in the lake once every lane has landed up to its end.
@@ -59,7 +71,8 @@ impl Store {
         const SCHEMA: &str = "create schema if not exists ledgerline;
             create table if not exists ledgerline.cdc_snapshot (
                 topic_prefix text primary key, slot text not null, lsn bigint,
-                started_at timestamptz not null, finished_at timestamptz, ends jsonb)";
+                started_at timestamptz not null, finished_at timestamptz, ends jsonb);
+            alter table ledgerline.cdc_snapshot add column if not exists tables_read text[] not null default '{}'";
         let mut connection = source::connect_state(state).await?;
         let mut tries = 0;
         loop {
@@ -76,15 +89,15 @@ impl Store {
     /// Reads the row, and makes nothing: without the table there is none.
     pub(super) async fn look(state: &Secret, topic_prefix: &str) -> Result<Option<Progress>, Error> {
         let mut store = Self { connection: source::connect_state(state).await?, topic_prefix: topic_prefix.to_owned() };
-        let known: bool =
-            sqlx::query_scalar("select to_regclass('ledgerline.cdc_snapshot') is not null").fetch_one(&mut store.connection).await.map_err(failed)?;
+        const KNOWN: &str = "select exists (select from pg_attribute where attrelid = to_regclass('ledgerline.cdc_snapshot') and attname = 'tables_read')";
+        let known: bool = sqlx::query_scalar(KNOWN).fetch_one(&mut store.connection).await.map_err(failed)?;
         let found = if known { store.read().await? } else { None };
         store.close().await;
         Ok(found)
     }
 
     pub(super) async fn read(&mut self) -> Result<Option<Progress>, Error> {
-        const READ: &str = "select slot, lsn, finished_at, ends from ledgerline.cdc_snapshot where topic_prefix = $1";
+        const READ: &str = "select slot, lsn, finished_at, ends, tables_read from ledgerline.cdc_snapshot where topic_prefix = $1";
         let row = sqlx::query(READ).bind(&self.topic_prefix).fetch_optional(&mut self.connection).await.map_err(failed)?;
         let Some(row) = row else { return Ok(None) };
         let lsn: Option<i64> = row.try_get("lsn").map_err(failed)?;
@@ -94,13 +107,14 @@ impl Store {
             lsn: lsn.map(u64::try_from).transpose().map_err(|_| Error::Progress { reason: "its LSN is negative" })?.map(Lsn),
             finished_at: row.try_get("finished_at").map_err(failed)?,
             ends: ends.map(|it| it.0).unwrap_or_default(),
+            tables_read: row.try_get("tables_read").map_err(failed)?,
         }))
     }
 
     /// Notes that a slot is about to be made: from now on it is ours, and unfinished.
     pub(super) async fn begin(&mut self, slot: &str) -> Result<(), Error> {
         const BEGIN: &str = "insert into ledgerline.cdc_snapshot (topic_prefix, slot, started_at) values ($1, $2, now())
-            on conflict (topic_prefix) do update set slot = excluded.slot, lsn = null, started_at = now(), finished_at = null, ends = null";
+            on conflict (topic_prefix) do update set slot = excluded.slot, lsn = null, started_at = now(), finished_at = null, ends = null, tables_read = '{}'";
         self.write(sqlx::query(BEGIN).bind(&self.topic_prefix).bind(slot)).await
     }
 
@@ -108,6 +122,13 @@ impl Store {
     pub(super) async fn made(&mut self, lsn: Lsn) -> Result<(), Error> {
         let lsn = i64::try_from(lsn.0).map_err(|_| Error::Progress { reason: "an LSN is beyond the range of bigint" })?;
         self.write(sqlx::query("update ledgerline.cdc_snapshot set lsn = $2 where topic_prefix = $1").bind(&self.topic_prefix).bind(lsn)).await
+    }
+
+    /// Notes that the broker has every row of these tables.
+    pub(super) async fn note_read(&mut self, tables: &[String]) -> Result<(), Error> {
+        const NOTE: &str = "update ledgerline.cdc_snapshot
+            set tables_read = array(select unnest(tables_read) union select unnest($2::text[])) where topic_prefix = $1";
+        self.write(sqlx::query(NOTE).bind(&self.topic_prefix).bind(tables)).await
     }
 
     /// Notes that the snapshot is with the broker.

@@ -14,9 +14,10 @@ use super::{
     copy_text::CopyRow,
     envelope::{Envelope, Origin, Table},
     error::Error,
+    progress::Store,
     sending::{micros, millis},
     source::{Source, quoted},
-    stats::SnapshotProgress,
+    stats::{SnapshotProgress, seconds_left},
 };
 use crate::{
     change::{Lsn, TableId, Topics},
@@ -42,11 +43,12 @@ pub(super) struct Plan<'a> {
 
 /// Reads every table and sends its rows; returns once the broker has them all.
 ///
-/// `tell` hears the progress, the table being read, and its rows so far.
+/// `tell` hears the progress, the table being read, and its rows so far. What the broker has of whole tables is written down as it goes.
 pub(super) async fn take(
     plan: &Plan<'_>,
     envelope: &mut Envelope,
     producer: &Producer,
+    store: &mut Store,
     mut tell: impl FnMut(&SnapshotProgress, &str, u64),
 ) -> Result<(), Error> {
     let sql = |source| Error::Sql { what: "read the tables under the slot's snapshot", source };
@@ -60,12 +62,23 @@ pub(super) async fn take(
         rows_estimated: catalog::estimate(&mut connection, plan.tables).await?,
         ..Default::default()
     };
+    let began = Instant::now();
     let at_us = micros(SystemTime::now());
     // The low half, as the WAL has it.
     let xid = u32::try_from(xid & i64::from(u32::MAX)).ok();
     let origin = Origin { lsn: plan.consistent_point.0, at_us, xid, previous_commit: None, snapshot: None, order: None };
-    let mut reader =
-        Reader { envelope, producer, context: plan.context, origin, receipt: Receipt::open(), held: None, now: SystemTime::UNIX_EPOCH, rows_by_clock: 0 };
+    let mut reader = Reader {
+        envelope,
+        producer,
+        store,
+        whole: Vec::new(),
+        context: plan.context,
+        origin,
+        receipt: Receipt::open(),
+        held: None,
+        now: SystemTime::UNIX_EPOCH,
+        rows_by_clock: 0,
+    };
     for (place, id) in plan.tables.iter().enumerate() {
         let table = catalog::describe(&mut connection, id, plan.topics).await?;
         progress.table = Some(id.to_string());
@@ -73,13 +86,15 @@ pub(super) async fn take(
         let rows_before = progress.rows;
         let counted = |rows| {
             progress.rows = rows_before + rows;
+            progress.seconds_left = seconds_left(began.elapsed(), progress.rows, progress.rows_estimated.saturating_sub(progress.rows));
             tell(&progress, &id.to_string(), rows);
         };
         reader.read_table(&mut connection, Arc::new(table), place == 0, counted).await?;
+        reader.whole.push(id.to_string());
         progress.tables_done += 1;
     }
     reader.finish().await?;
-    progress.table = None;
+    (progress.table, progress.seconds_left) = (None, None);
     tell(&progress, "", 0);
     sqlx::raw_sql("commit").execute(&mut connection).await.map_err(sql)?;
     Ok(())
@@ -96,6 +111,9 @@ struct Held {
 struct Reader<'a> {
     envelope: &'a mut Envelope,
     producer: &'a Producer,
+    store: &'a mut Store,
+    /// Tables of which nothing is left but a row that is held.
+    whole: Vec<String>,
     context: Option<&'a Headers>,
     origin: Origin,
     receipt: Arc<Receipt>,
@@ -119,6 +137,10 @@ impl Reader<'_> {
             let marker = self.held.as_ref().map(|held| held.marker(rows == 0));
             if let Some(marker) = marker {
                 self.send_held(&mut row, marker).await?;
+                if rows == 0 {
+                    self.acked().await?;
+                    self.store.note_read(&std::mem::take(&mut self.whole)).await?;
+                }
             }
             let mut buffer = self.held.take().map(|it| it.line).unwrap_or_default();
             buffer.clear();
@@ -137,8 +159,14 @@ impl Reader<'_> {
     /// Sends the very last row, and waits until the broker has everything.
     async fn finish(&mut self) -> Result<(), Error> {
         self.send_held(&mut CopyRow::default(), "last").await?;
-        self.producer.seal(&self.receipt);
-        Ok(self.producer.acked(&self.receipt).await?)
+        self.acked().await
+    }
+
+    /// The broker has everything that was sent.
+    async fn acked(&mut self) -> Result<(), Error> {
+        let receipt = std::mem::replace(&mut self.receipt, Receipt::open());
+        self.producer.seal(&receipt);
+        Ok(self.producer.acked(&receipt).await?)
     }
 
     async fn send_held(&mut self, row: &mut CopyRow, marker: &'static str) -> Result<(), Error> {

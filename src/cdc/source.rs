@@ -1,6 +1,9 @@
 //! Connections to the source: for SQL, and for replication, with one set of session settings for both.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use pgwire_replication::{ReplicationConfig, SslMode, TlsConfig};
 use sqlx::{
@@ -43,6 +46,7 @@ impl Source {
         if !matches!(parsed.scheme(), "postgres" | "postgresql") {
             return Err(Error::Address { reason: "it does not begin with postgres://" });
         }
+        require_files(&parsed)?;
         let password = parsed.password().map(percent_decoded).unwrap_or_default();
         let host = options.get_socket().map_or_else(|| options.get_host().to_owned(), |path| path.display().to_string());
         Ok(Self {
@@ -74,6 +78,22 @@ impl Source {
 
     pub(super) const fn password(&self) -> &Secret {
         &self.password
+    }
+
+    /// As libpq writes it.
+    pub(super) const fn sslmode(&self) -> &'static str {
+        match self.tls.mode {
+            SslMode::Disable => "disable",
+            SslMode::Prefer => "prefer",
+            SslMode::Require => "require",
+            SslMode::VerifyCa => "verify-ca",
+            SslMode::VerifyFull => "verify-full",
+        }
+    }
+
+    /// The file with the certificate of the authority that the server's is to be from.
+    pub(super) fn authority(&self) -> Option<&Path> {
+        self.tls.ca_pem_path.as_deref()
     }
 
     /// A connection for SQL.
@@ -147,6 +167,26 @@ fn parameter(url: &url::Url, names: &[&str]) -> Option<PathBuf> {
     url.query_pairs().find(|(name, _)| names.contains(&name.as_ref())).map(|(_, value)| PathBuf::from(value.into_owned()))
 }
 
+/// A file that is not there would only be missed by the handshake, which then says it as if the network had.
+fn require_files(url: &url::Url) -> Result<(), Error> {
+    for (names, label) in [(&ROOT_CERTIFICATE[..], "sslrootcert"), (&CERTIFICATE, "sslcert"), (&KEY, "sslkey")] {
+        let Some(path) = parameter(url, names) else { continue };
+        std::fs::File::open(&path).map_err(|error| Error::Certificate { parameter: label, path: path.display().to_string(), reason: error.kind() })?;
+    }
+    Ok(())
+}
+
+/// With verify-ca the server may have any name, but the transport (pgwire-replication 0.5) refuses all that are not the certificate's.
+/// So it is asked once more for the name that its certificate is valid for, and checks the chain again. None: that is not the trouble.
+pub(super) fn by_the_certificates_name(config: ReplicationConfig, refusal: &str) -> Option<ReplicationConfig> {
+    let (_, names) = refusal.split_once("is only valid for ")?;
+    let quoted = |before: &str, after: char| Some(names.split_once(before)?.1.split_once(after)?.0.to_owned());
+    // Any host of a wildcard will do.
+    let name = quoted("DnsName(\"", '"').map(|name| name.replace('*', "any")).or_else(|| quoted("IpAddress(", ')'))?;
+    let tls = TlsConfig { sni_hostname: Some(name), ..config.tls.clone() };
+    Some(config.with_tls(tls))
+}
+
 /// For the replication connection what sqlx reads out of the address for the others.
 fn tls(options: &PgConnectOptions, url: &url::Url) -> TlsConfig {
     let mode = match options.get_ssl_mode() {
@@ -213,10 +253,24 @@ mod tests {
             source.tls
         };
         assert_eq!(["", "?sslmode=disable", "?sslmode=require"].map(|it| of(it).mode), [SslMode::Prefer, SslMode::Disable, SslMode::Require]);
-        let verified = of("?sslmode=require&sslrootcert=%2Fetc%2Fca.pem");
-        assert_eq!((verified.mode, verified.ca_pem_path), (SslMode::VerifyCa, Some("/etc/ca.pem".into())));
-        let full = of("?sslmode=verify-full&sslcert=c.pem&sslkey=k.pem");
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let path = file.path().display();
+        let verified = of(&format!("?sslmode=require&sslrootcert={path}"));
+        assert_eq!((verified.mode, verified.ca_pem_path), (SslMode::VerifyCa, Some(file.path().to_owned())));
+        let full = of(&format!("?sslmode=verify-full&sslcert={path}&sslkey={path}"));
         assert!(full.mode == SslMode::VerifyFull && full.is_mtls() && full.sni_hostname.as_deref() == Some("10.0.0.7"));
+    }
+
+    #[test]
+    fn a_certificate_tells_the_name_to_go_by() {
+        let refused = |refusal: &str| {
+            let source = Source::new(&Secret::new("postgres://bank@10.0.0.7/bank?sslmode=verify-ca")).expect("valid");
+            by_the_certificates_name(source.replication("s", "p"), refusal).and_then(|it| it.tls.sni_hostname)
+        };
+        let refusal = r#"TLS handshake failed: invalid peer certificate: certificate not valid for name "10.0.0.7"; certificate is only valid for DnsName("*.bank.example") or IpAddress(10.0.0.8)"#;
+        assert_eq!(refused(refusal).as_deref(), Some("any.bank.example"));
+        assert_eq!(refused("certificate is only valid for IpAddress(10.0.0.8)").as_deref(), Some("10.0.0.8"));
+        assert_eq!(refused("invalid peer certificate: UnknownIssuer"), None);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What the capture tells about itself.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -168,6 +168,9 @@ pub struct SnapshotProgress {
     pub rows_estimated: u64,
     pub table: Option<String>,
     pub finished: bool,
+    /// At the pace so far; None while that, or how much there is, is not known.
+    #[serde(default)]
+    pub seconds_left: Option<u64>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -177,6 +180,20 @@ pub struct IncrementalSnapshot {
     pub rows: u64,
     /// What the planner thinks there is.
     pub rows_estimated: u64,
+    /// As of a snapshot.
+    #[serde(default)]
+    pub seconds_left: Option<u64>,
+}
+
+/// How long it goes on at the pace so far.
+pub(super) fn seconds_left(passed: Duration, rows_read: u64, rows_to_read: u64) -> Option<u64> {
+    /// The first rows come slower than the rest.
+    const PASSED_MIN: Duration = Duration::from_secs(2);
+    if passed < PASSED_MIN || rows_read == 0 || rows_to_read == 0 {
+        return None;
+    }
+    let left = passed.as_millis() * u128::from(rows_to_read) / u128::from(rows_read) / 1000;
+    u64::try_from(left).ok()
 }
 
 /// Milliseconds.
@@ -191,5 +208,17 @@ impl From<&Histogram> for Latency {
     fn from(histogram: &Histogram) -> Self {
         let milliseconds = |percent| histogram.percentile(percent).map_or(0.0, |it| it.as_secs_f64() * 1000.0);
         Self { count: histogram.count(), p50_ms: milliseconds(50), p99_ms: milliseconds(99) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_left_is_told_once_there_is_a_pace() {
+        let left = |seconds, read, to_read| seconds_left(Duration::from_secs(seconds), read, to_read);
+        assert_eq!(left(10, 1_000_000, 4_000_000), Some(40));
+        assert_eq!([left(1, 100, 100), left(10, 0, 100), left(10, 100, 0)], [None, None, None]);
     }
 }

@@ -16,7 +16,7 @@ use pgwire_replication::ReplicationEvent;
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
-use self::window::Window;
+use self::window::{Passed, Window};
 use super::{
     Config,
     boundaries::{self, Transaction},
@@ -57,16 +57,29 @@ pub(super) struct Filter {
     tables: Vec<String>,
     exclude: Vec<String>,
     left_out: Vec<String>,
+    /// Those that were left out until their rows from before were read.
+    admitted: Vec<String>,
 }
 
 impl Filter {
     /// Those that the configuration names, but for those that are left out.
     pub(super) fn new(config: &Config, left_out: &[String]) -> Self {
-        Self { tables: config.tables.clone(), exclude: config.tables_exclude.clone(), left_out: left_out.to_vec() }
+        Self { tables: config.tables.clone(), exclude: config.tables_exclude.clone(), left_out: left_out.to_vec(), admitted: Vec::new() }
     }
 
-    fn takes(&self, table: &TableId) -> bool {
-        catalog::is_wanted(&self.tables, &self.exclude, table) && !self.left_out.contains(&table.to_string())
+    fn names(&self, table: &TableId) -> bool {
+        catalog::is_wanted(&self.tables, &self.exclude, table)
+    }
+
+    fn leaves_out(&self, table: &TableId) -> bool {
+        let name = table.to_string();
+        self.left_out.contains(&name) && !self.admitted.contains(&name)
+    }
+
+    fn admit(&mut self, table: &str) {
+        if self.left_out.iter().any(|it| it == table) && !self.admitted.iter().any(|it| it == table) {
+            self.admitted.push(table.to_owned());
+        }
     }
 }
 
@@ -113,6 +126,7 @@ pub(super) struct Streaming {
     /// Relations of which nothing becomes an event.
     foreign: HashSet<u32>,
     window: Option<Window>,
+    passed: Passed,
     /// Rows read again, by table.
     reread: BTreeMap<String, u64>,
     transaction: Option<Transaction>,
@@ -158,6 +172,7 @@ impl Streaming {
             tables: HashMap::new(),
             foreign: HashSet::new(),
             window: None,
+            passed: Passed::default(),
             reread: BTreeMap::new(),
             transaction: None,
             receipt: Receipt::open(),
@@ -263,11 +278,15 @@ impl Streaming {
     /// Learns a table's shape. The catalog is asked each time: a key may have changed together with the columns.
     async fn describe(&mut self, relation: &Relation<'_>) -> Result<(), Error> {
         let id = TableId { schema: relation.schema.to_owned(), table: relation.table.to_owned() };
-        if !self.setup.filter.takes(&id) {
-            self.foreign.insert(relation.id);
+        let filter = &self.setup.filter;
+        match filter.names(&id) && !filter.leaves_out(&id) {
+            true => self.foreign.remove(&relation.id),
+            false => self.foreign.insert(relation.id),
+        };
+        // The server describes a table once: one that is left out may be admitted yet.
+        if !filter.names(&id) {
             return Ok(());
         }
-        self.foreign.remove(&relation.id);
         let topic = self.setup.topics.table(&id);
         if !self.setup.made.contains(&topic) {
             prepare::ensure_topics(&self.setup.asking, &self.setup.topics, &BTreeSet::from([id]), &self.setup.stream).await?;
@@ -411,6 +430,7 @@ impl Streaming {
 
     async fn commit(&mut self, end: Lsn, stats: &mut Stats) -> Result<Flow, Error> {
         let Some(transaction) = self.transaction.take() else { return Ok(Flow::On) };
+        self.passed.push(transaction.xid);
         let mut flow = Flow::On;
         if transaction.begun && self.setup.transaction_metadata {
             let (key, value) = &mut self.scratch;

@@ -102,7 +102,10 @@ fn shown(status: &Status) -> String {
         SnapshotState::Finished { lsn, at } => format!("snapshot     finished {} at {lsn}\n", at.format("%F %T UTC")),
     };
     for request in &status.standing.incremental_snapshots {
-        text += &format!("             {} is read again: {} rows so far\n", request.table, grouped(request.rows));
+        text += &match &request.failure {
+            Some(why) => format!("             {} was not read again: {why}\n", request.table),
+            None => format!("             {} is read again: {} rows so far\n", request.table, grouped(request.rows)),
+        };
     }
     text
 }

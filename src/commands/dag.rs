@@ -144,9 +144,10 @@ fn task_line(task: &TaskInstance) -> String {
 /// Reads the run history, wherever the state database is.
 async fn with_history<T>(loaded: &Loaded, read: impl AsyncFnOnce(&History) -> Result<T, Failure>) -> Result<T, Failure> {
     let interrupted = super::interrupts();
-    let reach = super::Reach::take(loaded, Needs::POSTGRES, &interrupted).await?;
+    // Whoever waits for this holds all of it: it is too much for their stacks.
+    let reach = Box::pin(super::Reach::take(loaded, Needs::POSTGRES, &interrupted)).await?;
     let history = History::new(&reach.addresses.state);
-    let outcome = super::unless_interrupted(&interrupted, read(&history)).await;
+    let outcome = Box::pin(super::unless_interrupted(&interrupted, read(&history))).await;
     reach.release().await;
     outcome
 }

@@ -42,6 +42,8 @@ mod services;
 
 /// Carries out one invocation.
 pub async fn carry_out(cli: Cli) -> Result<Exit, Failure> {
+    // Two providers are compiled in, so neither is the default by itself; who verifies a server's certificate asks for one, or panics.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let (global, command) = cli.into_parts();
     let overrides = global.overrides(&command);
     let loaded = config::load(global.config.as_deref(), std::env::vars(), &overrides).map_err(|error| Failure::usage(&error))?;

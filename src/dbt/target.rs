@@ -3,10 +3,7 @@
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
-use sqlx::{
-    ConnectOptions as _, Connection as _,
-    postgres::{PgConnectOptions, PgSslMode},
-};
+use sqlx::{ConnectOptions as _, Connection as _, postgres::PgConnectOptions};
 use url::Url;
 
 use super::Error;
@@ -30,6 +27,10 @@ pub struct Server {
     pub user: String,
     pub password: Secret,
     pub database: String,
+    /// As libpq means it; dbt speaks through libpq.
+    pub sslmode: String,
+    /// A file with the certificate of the server's authority; empty: none is named.
+    pub sslrootcert: String,
 }
 
 /// A warehouse in a Snowflake account.
@@ -106,7 +107,10 @@ impl Server {
             return Err(Error::Address);
         }
         let password = Secret::new(decoded(parsed.password().unwrap_or_default())?);
-        Ok(Self { host, port: parsed.port().unwrap_or(5432), user, password, database })
+        let parameter = |wanted: &str| parsed.query_pairs().find(|(name, _)| name == wanted).map(|(_, value)| value.into_owned());
+        let sslmode = parameter("sslmode").unwrap_or_else(|| "prefer".to_owned());
+        let sslrootcert = parameter("sslrootcert").unwrap_or_default();
+        Ok(Self { host, port: parsed.port().unwrap_or(5432), user, password, database, sslmode, sslrootcert })
     }
 
     fn environment(&self) -> Vec<(&'static str, String)> {
@@ -117,18 +121,23 @@ impl Server {
             ("LEDGERLINE_DBT_USER", self.user.clone()),
             ("DBT_ENV_SECRET_LEDGERLINE_PASSWORD", self.password.reveal().to_owned()),
             ("LEDGERLINE_DBT_DATABASE", self.database.clone()),
+            ("LEDGERLINE_DBT_SSLMODE", self.sslmode.clone()),
+            ("LEDGERLINE_DBT_SSLROOTCERT", self.sslrootcert.clone()),
         ]
     }
 
     /// A client that is killed is missed by its server only when it next speaks; until then its statement runs on and holds its locks.
     async fn end_queries_of(&self, application: &str) -> Result<(), sqlx::Error> {
-        let options = PgConnectOptions::new_without_pgpass()
+        let mut options = PgConnectOptions::new_without_pgpass()
             .host(&self.host)
             .port(self.port)
             .username(&self.user)
             .password(self.password.reveal())
             .database(&self.database)
-            .ssl_mode(PgSslMode::Prefer);
+            .ssl_mode(self.sslmode.parse()?);
+        if !self.sslrootcert.is_empty() {
+            options = options.ssl_root_cert(&self.sslrootcert);
+        }
         let sweep = async {
             let mut connection = options.connect().await?;
             sqlx::query("select pg_terminate_backend(pid, $2) from pg_stat_activity where application_name = $1 and pid <> pg_backend_pid()")
@@ -174,7 +183,10 @@ mod tests {
         let target = Server::from_url(&Secret::new("postgres://led%40ger:p%2Fw+d@127.0.0.1:5432/ware%20house")).unwrap();
         assert_eq!((target.host.as_str(), target.port, target.user.as_str()), ("127.0.0.1", 5432, "led@ger"));
         assert_eq!((target.password.reveal(), target.database.as_str()), ("p/w+d", "ware house"));
+        assert_eq!((target.sslmode.as_str(), target.sslrootcert.as_str()), ("prefer", ""));
         assert_eq!(Server::from_url(&Secret::new("postgres://bank@[::1]/warehouse")).unwrap().host, "::1");
+        let verified = Server::from_url(&Secret::new("postgres://bank@db/warehouse?sslmode=verify-full&sslrootcert=%2Fetc%2Fca.pem")).unwrap();
+        assert_eq!((verified.sslmode.as_str(), verified.sslrootcert.as_str()), ("verify-full", "/etc/ca.pem"));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bank,
+    bank, cdc,
     dag::{DagStats, RunState, Schedule, TaskState},
     embedded,
     notify::MailState,
@@ -124,6 +124,7 @@ pub fn verdict(now: &Snapshot) -> Verdict {
         waiting_mail,
         ending,
         paused,
+        reading,
         repeated,
         fresh,
     ];
@@ -303,6 +304,27 @@ fn ending(now: &Snapshot) -> Option<Verdict> {
         Ending::Letters => format!("{} letters to send", grouped(now.mail.waiting)),
     };
     note(format!("The bank is done, draining: {left}"))
+}
+
+/// Rows from before, on their way as they are.
+fn reading(now: &Snapshot) -> Option<Verdict> {
+    if let Some(again) = &now.cdc.incremental_snapshot {
+        return note(format!("cdc reads {} again: {}", again.table, read_so_far(again.rows, again.rows_estimated, again.seconds_left)));
+    }
+    let read = now.cdc.snapshot.as_ref().filter(|_| now.cdc.step == cdc::Step::Snapshot && now.cdc.waiting_for.is_none())?;
+    let place = format!("table {} of {}", (read.tables_done + 1).min(read.tables), read.tables);
+    note(format!("cdc reads what the source holds: {place}, {}", read_so_far(read.rows, read.rows_estimated, read.seconds_left)))
+}
+
+/// `1,200,000 of about 5,000,000 rows, 24 %, 3 min left`.
+fn read_so_far(rows: u64, estimated: u64, seconds_left: Option<u64>) -> String {
+    let mut text = grouped(rows);
+    // A planner that has never looked knows nothing, and one that looked long ago too little.
+    match rows.saturating_mul(100).checked_div(estimated) {
+        Some(share @ 0..100) => text += &format!(" of about {} rows, {share} %", grouped(estimated)),
+        _ => text += " rows",
+    }
+    text + &seconds_left.map_or_else(String::new, |it| format!(", {} left", span(it)))
 }
 
 fn bank_moves(now: &Snapshot) -> bool {

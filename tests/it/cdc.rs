@@ -8,6 +8,7 @@ mod crashes;
 mod days;
 #[cfg(feature = "stack")]
 mod debezium;
+mod encrypted;
 mod house;
 mod network;
 mod networks;

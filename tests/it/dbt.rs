@@ -388,6 +388,75 @@ async fn a_snapshot_that_found_nothing_left_is_not_the_attempt_before_it() {
     warehouse.drop().await;
 }
 
+impl Warehouse {
+    /// A customer as an incremental snapshot read it: it tells neither LSN nor transaction.
+    async fn read_again(&mut self, id: i64, address: &str) {
+        let mut row = customer(address);
+        row["id"] = id.into();
+        let source = json!({"txId": null, "lsn": null, "sequence": "[\"1\",\"1\"]", "ts_us": 1_790_000_000_000_000_i64, "snapshot": "incremental", "table": "customers"});
+        self.land("customers", json!({"before": null, "after": row, "source": source, "op": "r", "transaction": null})).await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_read_again_repeats_a_state_and_hides_no_newer_one() {
+    let (mut warehouse, work_dir) = (Warehouse::create("reread").await, tempfile::tempdir().unwrap());
+    let worker = start(&warehouse, &project(), work_dir.path()).await;
+    let cut = "select max(lsn)::text from staging.cut";
+    let versions = "select string_agg(concat_ws(' ', customer_id, address, case when is_current then 'now' end), ', ' order by customer_id, valid_from) from analytics.dim_customers";
+    let states = "select string_agg(concat_ws(' ', customer_id, address), ', ' order by customer_id, dbt_valid_from) from snapshots.snap_customers where dbt_valid_to is null";
+    let green = async |worker: &Worker| {
+        let outcomes = tasks(worker).await;
+        assert_eq!(outcomes.iter().filter_map(RunResults::explain).collect::<Vec<_>>(), Vec::<String>::new());
+    };
+
+    // 1 was captured all along, and moved before its old state, read earlier, arrives. Of 2 nothing is known.
+    warehouse.open_account("100.00").await;
+    warehouse.commit(703, &[("customers", "u", customer("2 Side Street"))]).await;
+    warehouse.read_again(1, "1 Main Street").await;
+    warehouse.read_again(2, "Old Street").await;
+    green(&worker).await;
+    assert_eq!(warehouse.one(cut).await, "703501");
+    assert_eq!(warehouse.one(versions).await, "1 1 Main Street, 1 2 Side Street now, 2 Old Street now");
+
+    // Read once more, and while nobody commits; then its newer state is owed, and comes after the read.
+    warehouse.read_again(2, "Old Street").await;
+    warehouse.read_again(3, "Old Street").await;
+    let end = json!({"status": "END", "id": "704:704500", "data_collections": [{"data_collection": "public.customers", "event_count": 1}], "ts_ms": 1_790_000_704_000_i64});
+    green(&worker).await;
+    assert_eq!(warehouse.one(cut).await, "703502");
+    warehouse.land("boundaries", end).await;
+    warehouse.read_again(4, "Old Street").await;
+    green(&worker).await;
+    assert_eq!(warehouse.one(cut).await, "703502");
+    let mut moved = customer("New Street");
+    moved["id"] = 4.into();
+    let source = json!({"txId": 704, "lsn": 704_000, "ts_us": 1_790_000_704_000_000_i64, "table": "customers"});
+    warehouse.land("customers", json!({"before": null, "after": moved, "source": source, "op": "u"})).await;
+    green(&worker).await;
+    assert_eq!(warehouse.one(cut).await, "704501");
+    assert_eq!(warehouse.one(versions).await, "1 1 Main Street, 1 2 Side Street now, 2 Old Street now, 3 Old Street now, 4 New Street now");
+    assert_eq!(warehouse.one(states).await, "1 2 Side Street, 2 Old Street, 3 Old Street, 4 New Street");
+
+    // There is room for seven between two commits; what finds none waits for the next.
+    for id in [5, 6, 7] {
+        warehouse.read_again(id, "Old Street").await;
+        green(&worker).await;
+    }
+    assert_eq!(warehouse.one(cut).await, "704503");
+    assert_eq!(warehouse.one("select max(customer_id)::text from analytics.dim_customers").await, "6");
+    warehouse.commit(705, &[("customers", "u", customer("3 Back Street"))]).await;
+    green(&worker).await;
+    assert_eq!(warehouse.one(cut).await, "705501");
+    assert_eq!(
+        warehouse.one("select string_agg(customer_id::text, ' ' order by customer_id) from analytics.dim_customers where is_current").await,
+        "1 2 3 4 5 6 7"
+    );
+
+    worker.stop().await;
+    warehouse.drop().await;
+}
+
 #[tokio::test]
 async fn a_row_too_many_and_an_end_that_differs_are_alarms_however_late_they_come() {
     let (mut warehouse, work_dir) = (Warehouse::create("alarms").await, tempfile::tempdir().unwrap());

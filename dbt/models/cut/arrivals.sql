@@ -5,7 +5,9 @@
      (op '#', one row a lane and batch): position and rows cannot part.
    - A repeat has the same (xid, lsn, key, op). The lsn also tells a wrapped xid from its predecessor.
    - Reads of one attempt at the initial snapshot are a transaction of their own, numbered -lsn: an attempt that died is a
-     transaction that never ends. #}
+     transaction that never ends.
+   - Reads of an incremental snapshot tell neither: those of one batch are a transaction of their own, numbered -batch, each at
+     lsn 1. No LSN is as small as a batch's number. #}
 {{ config(
     incremental_strategy='append',
     indexes=[{'columns': ['xid', 'lsn', 'key']}, {'columns': ['batch']}],
@@ -44,8 +46,8 @@ with envelopes as (
 changes as (
     select
         source_table,
-        case when op = 'r' then -lsn else tx_id end as xid,
-        lsn,
+        case when op = 'r' then coalesce(-lsn, -{{ batch }}) else tx_id end as xid,
+        case when op = 'r' then coalesce(lsn, 1) else lsn end as lsn,
         coalesce({{ json_field(row_image('v', 'op'), 'id', 'integer') }}, 0) as key,
         op,
         _partition,

@@ -4,7 +4,10 @@
    - An END at or below the highest END lsn is a repeat: ENDs lie in their topic in the order of their commit records in the WAL.
    - The same xid after 2^32 others is another transaction: it begins behind the END of its predecessor (`after_lsn`).
    - `committed_micros` is END's millisecond, made strictly increasing in commit order by single microseconds: two commits never
-     share a moment, and a clock that steps back cannot turn history round. The initial snapshot lies before its first commit. #}
+     share a moment, and a clock that steps back cannot turn history round. The initial snapshot lies before its first commit.
+   - What incremental snapshots read has no END. It is put right behind the newest commit that is known: what it repeats is known
+     by then or will be, and of what it does not, nothing older is known. ENDs lie at multiples of 8, so there is room for seven
+     before the next; where there is none it waits. (`end_offset` tells them: -2; the initial snapshot has -1.) #}
 {{ config(
     incremental_strategy='merge',
     unique_key=['xid', 'after_lsn'],
@@ -87,12 +90,19 @@ snapshot_read as (
 ),
 {% endif %}
 
-ended as (
+known_ends as (
     select * from timed
     {% if snapshot %}
     union all
     select * from snapshot_read
     {% endif %}
+),
+
+newest_end as (
+    select
+        greatest(coalesce(max(lsn), -1), {{ high.lsn }}) as lsn,
+        greatest(coalesce(max(committed_micros), 0), {{ high.micros }}) as micros
+    from known_ends
 ),
 
 came as (
@@ -105,6 +115,39 @@ came as (
     from {{ ref('arrivals') }}
     where batch > {{ seen }} and batch <= {{ batch }} and op <> '#'
     group by xid
+),
+
+reads_without_end as (
+    select xid from came
+    where xid between -{{ batch }} and -1
+    {% if goes_on %}
+    union
+    select xid from {{ this }}
+    where xid between -{{ batch }} and -1 and lsn is null
+    {% endif %}
+),
+
+numbered_reads as (
+    select
+        xid,
+        row_number() over (order by xid desc) as n
+    from reads_without_end
+),
+
+ended as (
+    select * from known_ends
+    union all
+    select
+        numbered_reads.xid,
+        newest_end.lsn + numbered_reads.n as lsn,
+        cast(-2 as bigint) as end_offset,
+        {% for table in tables %}
+        cast(0 as bigint) as owed_{{ table }},
+        {% endfor %}
+        newest_end.micros + numbered_reads.n as committed_micros
+    from numbered_reads
+    cross join newest_end
+    where newest_end.lsn > 0 and mod(newest_end.lsn, 8) + numbered_reads.n < 8
 ),
 
 touched as (

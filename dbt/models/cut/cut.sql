@@ -89,5 +89,5 @@ select
     {% endfor %}
 from whole
 {% if var('snapshot') != 'never' %}
-where exists (select 1 from {{ ref('commits') }} where xid <= 0 and lsn is not null)
+where exists (select 1 from {{ ref('commits') }} where end_offset = -1)
 {% endif %}

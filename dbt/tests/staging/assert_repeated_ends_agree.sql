@@ -1,5 +1,8 @@
 {# A repeated END says what the first one said. Read are the ENDs behind that of the mark. #}
-{% set marked_offset = scalar('select coalesce(max(end_offset), -1) from ' ~ ref('commits') ~ ' where lsn = ' ~ audit_mark('staging')) %}
+{% set marked_offset = scalar(
+    'select max(end_offset) from ' ~ ref('commits') ~ ' where lsn = (select max(lsn) from ' ~ ref('commits')
+    ~ ' where end_offset >= -1 and lsn <= ' ~ audit_mark('staging') ~ ')'
+) %}
 
 with later_ends as (
     select

@@ -91,6 +91,14 @@ pub(super) fn wanted(config: &Config, source: &Source, tables: &BTreeSet<TableId
     .into_iter()
     .map(|(key, value)| (key.to_owned(), Value::from(value)))
     .collect();
+    // What is Debezium's default is left out.
+    if source.sslmode() != "prefer" {
+        settings.insert("database.sslmode".to_owned(), source.sslmode().into());
+    }
+    // The worker looks for the file at the same place.
+    if let Some(authority) = source.authority() {
+        settings.insert("database.sslrootcert".to_owned(), authority.display().to_string().into());
+    }
     // Connect keeps its settings in a topic and shows them to whoever asks, so it gets a reference; in clear only where that is
     // written out.
     if source.has_password() {
@@ -185,6 +193,21 @@ mod tests {
         let settings = wanted(&Config::default(), &source(), &tables()).expect("settings");
         assert_eq!(settings["table.include.list"], "public\\.accounts,public\\.odd\\x{2c}na\\x{2e}me");
         assert_eq!((&settings["database.hostname"], &settings["database.port"]), (&"db".into(), &"6543".into()));
+    }
+
+    #[test]
+    fn connect_comes_to_the_source_as_encrypted_as_we_do() {
+        let of = |query: &str| {
+            let source = Source::new(&Secret::new(format!("postgres://bank@db/ledger{query}"))).expect("an address");
+            wanted(&Config::default(), &source, &tables()).expect("settings")
+        };
+        let plain = of("");
+        assert!(!plain.contains_key("database.sslmode") && !plain.contains_key("database.sslrootcert"));
+        assert_eq!(of("?sslmode=require")["database.sslmode"], "require");
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let path = file.path().display().to_string();
+        let verified = of(&format!("?sslmode=verify-full&sslrootcert={path}"));
+        assert_eq!((&verified["database.sslmode"], &verified["database.sslrootcert"]), (&"verify-full".into(), &path.into()));
     }
 
     #[test]

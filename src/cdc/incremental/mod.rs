@@ -8,12 +8,13 @@
 mod requests;
 
 use std::{
+    collections::BTreeSet,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use futures_util::TryStreamExt as _;
-use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+use sqlx::{Connection as _, PgConnection};
 use tokio::sync::{mpsc, watch};
 
 pub use self::requests::Request;
@@ -24,13 +25,15 @@ use super::{
     envelope::Table,
     error::Error,
     pgoutput::Value,
+    progress::{LaneEnd, Store},
     source::{Source, quoted},
-    stats::IncrementalSnapshot,
+    stats::{IncrementalSnapshot, seconds_left},
 };
 use crate::{
     change::{TableId, Topics},
     fault::{Backoff, chain},
     secret::Secret,
+    stream::topics,
 };
 
 /// The prefix of the marks. They reach no topic.
@@ -47,29 +50,60 @@ const ROWS_MAX: usize = 8192;
 const BYTES_WANTED: usize = 4 * 1024 * 1024;
 const BYTES_MAX: usize = 32 * 1024 * 1024;
 
-/// A place in the WAL, as the content of a mark tells it: `open <run> <chunk> <relation>`.
+/// A place in the WAL, as the content of a mark tells it: `open <run> <chunk> <relation> <table>`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Mark {
+pub(super) struct Mark<'a> {
     pub(super) opens: bool,
     /// Marks of an earlier run may still lie in the WAL.
     pub(super) run: u64,
     pub(super) chunk: u64,
     pub(super) relation: u32,
+    /// `public.accounts`.
+    pub(super) table: &'a str,
 }
 
-impl Mark {
+impl<'a> Mark<'a> {
     fn written(self) -> String {
-        format!("{} {} {} {}", if self.opens { "open" } else { "close" }, self.run, self.chunk, self.relation)
+        format!("{} {} {} {} {}", if self.opens { "open" } else { "close" }, self.run, self.chunk, self.relation, self.table)
     }
 
-    pub(super) fn read(content: &[u8]) -> Option<Self> {
-        let mut words = std::str::from_utf8(content).ok()?.split(' ');
+    pub(super) fn read(content: &'a [u8]) -> Option<Self> {
+        // A name may hold spaces, so it is the last.
+        let mut words = std::str::from_utf8(content).ok()?.splitn(5, ' ');
         let opens = match words.next()? {
             "open" => true,
             "close" => false,
             _ => return None,
         };
-        Some(Self { opens, run: words.next()?.parse().ok()?, chunk: words.next()?.parse().ok()?, relation: words.next()?.parse().ok()? })
+        let (run, chunk, relation) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        Some(Self { opens, run, chunk, relation, table: words.next()? })
+    }
+}
+
+/// Which transactions a chunk's reading could not see.
+///
+/// A commit lies in the WAL a moment before others see it (and long before with a slow synchronous standby). So one may lie before
+/// the first mark and its rows not be in the chunk: the stream looks for such commits among those it has just passed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Unseen {
+    /// This one and all after it.
+    next: u32,
+    open: Vec<u32>,
+}
+
+impl Unseen {
+    /// From PostgreSQL's `xmin:xmax:xip,xip`. Of the ids the low half, as the stream has them.
+    fn read(snapshot: &str) -> Option<Self> {
+        let low = |text: &str| text.parse::<u64>().ok().and_then(|it| u32::try_from(it & u64::from(u32::MAX)).ok());
+        let mut parts = snapshot.split(':').skip(1);
+        let next = low(parts.next()?)?;
+        let open = parts.next()?.split(',').filter(|it| !it.is_empty()).map(low).collect::<Option<_>>()?;
+        Some(Self { next, open })
+    }
+
+    pub(super) fn holds(&self, xid: u32) -> bool {
+        // Ids wrap round: what lies less than half of the circle ahead is later.
+        xid.wrapping_sub(self.next) < 1 << 31 || self.open.contains(&xid)
     }
 }
 
@@ -78,6 +112,7 @@ impl Mark {
 pub(super) struct Chunk {
     pub(super) number: u64,
     pub(super) table: Arc<Table>,
+    pub(super) unseen: Unseen,
     pub(super) lines: Vec<Vec<u8>>,
 }
 
@@ -102,6 +137,15 @@ pub(super) struct Setup {
     pub(super) source: Source,
     pub(super) state: Secret,
     pub(super) config: Config,
+    /// The snapshot that was cut short, where the requests are what is left of it.
+    pub(super) finishing: Option<Finishing>,
+}
+
+/// What it takes to end the snapshot once all its tables are read.
+pub(super) struct Finishing {
+    pub(super) asking: topics::Topics,
+    /// Of all captured tables.
+    pub(super) topics: BTreeSet<String>,
 }
 
 /// A reader and the stream's end of it. The reader works until the other end is gone.
@@ -113,6 +157,18 @@ pub(super) fn reader(setup: Setup, told: watch::Sender<Option<IncrementalSnapsho
     let mut reader = Reader { setup, topics, run, chunk: 0, rows_max: ROWS_FIRST, chunks: chunks_in, settled: settled_out, told };
     let work = async move { reader.work().await };
     (Line { run, chunks, settled }, work)
+}
+
+impl Finishing {
+    async fn finish(&self, setup: &Setup) -> Result<(), Error> {
+        let lanes = self.asking.watermarks(self.topics.clone()).await?;
+        let ends: Vec<LaneEnd> = lanes.into_iter().map(LaneEnd::from).collect();
+        let mut store = Store::open(&setup.state, &setup.config.topic_prefix).await?;
+        store.finish(&ends).await?;
+        store.close().await;
+        tracing::info!("the snapshot that was cut short is whole");
+        Ok(())
+    }
 }
 
 struct Reader {
@@ -160,6 +216,8 @@ impl Reader {
                 }
                 Err(Trouble::Gone(Gone)) => return,
                 Err(Trouble::Refused(reason)) => {
+                    // A snapshot without that table is not whole; the next start looks at it again.
+                    self.setup.finishing = None;
                     tracing::error!(reason, "the incremental snapshot was given up");
                     INTERVAL
                 }
@@ -190,6 +248,10 @@ impl Reader {
             }
         }
         requests.close().await;
+        if let Some(finishing) = &self.setup.finishing {
+            finishing.finish(&self.setup).await?;
+            self.setup.finishing = None;
+        }
         Ok(())
     }
 
@@ -200,13 +262,15 @@ impl Reader {
             return Err(Trouble::Refused(format!("{} is not among cdc.tables any more", request.table)));
         };
         let mut after = request.after_key.clone();
-        let mut progress =
-            IncrementalSnapshot { table: request.table.clone(), rows: request.rows, rows_estimated: catalog::estimate(&mut connection, [&id]).await? };
+        let rows_estimated = catalog::estimate(&mut connection, [&id]).await?;
+        let mut progress = IncrementalSnapshot { table: request.table.clone(), rows: request.rows, rows_estimated, seconds_left: None };
+        let began = Instant::now();
         tracing::info!(table = request.table, rows = request.rows, "reading the table again while the stream goes on");
         loop {
             self.told.send_replace(Some(progress.clone()));
             let read = self.read_chunk(&mut connection, &id, after.as_deref()).await?;
             progress.rows += u64::try_from(read.rows).unwrap_or(0);
+            progress.seconds_left = seconds_left(began.elapsed(), progress.rows - request.rows, rows_estimated.saturating_sub(progress.rows));
             if !read.goes_on {
                 break;
             }
@@ -214,6 +278,11 @@ impl Reader {
                 requests.note(request.id, &key, progress.rows).await?;
                 after = Some(key);
             }
+        }
+        if self.setup.finishing.is_some() {
+            let mut store = Store::open(&self.setup.state, &self.setup.config.topic_prefix).await?;
+            store.note_read(std::slice::from_ref(&request.table)).await?;
+            store.close().await;
         }
         requests.finish(request.id, progress.rows).await?;
         tracing::info!(table = request.table, rows = progress.rows, "the table was read again");
@@ -234,14 +303,15 @@ impl Reader {
             return Err(Trouble::Refused(Error::NoKey { table: id.to_string() }.to_string()));
         }
         let table = Arc::new(catalog::describe(connection, id, &self.topics).await?);
-        self.chunk += 1;
-        let mark = Mark { opens: true, run: self.run, chunk: self.chunk, relation };
-        emit(connection, mark).await?;
         let rows = catalog::rows_of(connection, id).await?;
         let statement = statement(&table, &key, &rows, after, self.rows_max);
+        let name = id.to_string();
+        self.chunk += 1;
+        let mark = Mark { opens: true, run: self.run, chunk: self.chunk, relation, table: &name };
+        emit(connection, mark).await?;
         let began = Instant::now();
-        let lines = match copy(connection, &statement).await? {
-            Some(lines) => lines,
+        let (unseen, lines) = match copy(connection, &statement).await? {
+            Some(read) => read,
             None => {
                 // The rest of the answer is not wanted, so neither is the connection. The mark stays alone, and opens nothing.
                 *connection = self.setup.source.connect().await?;
@@ -254,7 +324,7 @@ impl Reader {
         self.rows_max = (BYTES_WANTED * lines.len().max(1) / bytes.max(1)).clamp(1, ROWS_MAX);
         let number = self.chunk;
         tracing::debug!(table = %id, rows = read.rows, bytes, took = ?began.elapsed(), "chunk read");
-        self.chunks.send(Chunk { number, table, lines }).await.map_err(|_| Gone)?;
+        self.chunks.send(Chunk { number, table, unseen, lines }).await.map_err(|_| Gone)?;
         let settled = loop {
             let settled = self.settled.recv().await.ok_or(Gone)?;
             if settled.number == number {
@@ -273,7 +343,7 @@ struct Read {
 }
 
 /// A transaction of its own with nothing but the mark in it.
-async fn emit(connection: &mut PgConnection, mark: Mark) -> Result<(), Error> {
+async fn emit(connection: &mut PgConnection, mark: Mark<'_>) -> Result<(), Error> {
     sqlx::query("select pg_logical_emit_message(true, $1, $2)")
         .bind(MARK)
         .bind(mark.written())
@@ -298,9 +368,12 @@ fn literal(text: &str) -> String {
     format!(" E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
 }
 
-/// The lines of a COPY; None where they are more than may be held.
-async fn copy(connection: &mut PgConnection, statement: &str) -> Result<Option<Vec<Vec<u8>>>, Error> {
+/// The lines of a COPY, and which transactions it did not see; None where they are more than may be held.
+async fn copy(connection: &mut PgConnection, statement: &str) -> Result<Option<(Unseen, Vec<Vec<u8>>)>, Error> {
     let sql = |source| Error::Sql { what: "copy a chunk out of the source", source };
+    sqlx::raw_sql("begin isolation level repeatable read read only").execute(&mut *connection).await.map_err(sql)?;
+    let seen: String = sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&mut *connection).await.map_err(sql)?;
+    let unseen = Unseen::read(&seen).ok_or(Error::Progress { reason: "a snapshot is not one" })?;
     let mut answer = connection.copy_out_raw(statement).await.map_err(sql)?;
     let mut lines = Vec::new();
     let mut bytes = 0;
@@ -312,7 +385,9 @@ async fn copy(connection: &mut PgConnection, statement: &str) -> Result<Option<V
         }
         lines.push(line.to_vec());
     }
-    Ok(Some(lines))
+    drop(answer);
+    sqlx::raw_sql("commit").execute(connection).await.map_err(sql)?;
+    Ok(Some((unseen, lines)))
 }
 
 /// The key of the last row, as PostgreSQL prints it.
@@ -336,13 +411,24 @@ mod tests {
 
     #[test]
     fn a_mark_is_read_as_it_was_written() {
-        let mark = Mark { opens: true, run: u64::MAX, chunk: 7, relation: 16_385 };
+        let mark = Mark { opens: true, run: u64::MAX, chunk: 7, relation: 16_385, table: "public.with a space" };
         for mark in [mark, Mark { opens: false, ..mark }] {
             assert_eq!(Mark::read(mark.written().as_bytes()), Some(mark));
         }
-        for content in [&b""[..], b"open 1 2", b"shut 1 2 3", b"open x 2 3", b"\xff"] {
+        for content in [&b""[..], b"open 1 2 3", b"shut 1 2 3 t", b"open x 2 3 t", b"\xff"] {
             assert_eq!(Mark::read(content), None);
         }
+    }
+
+    #[test]
+    fn a_commit_that_others_do_not_see_yet_is_found() {
+        let unseen = Unseen::read("100:110:103,105").expect("a snapshot");
+        let told: Vec<u32> = (99..113).filter(|it| unseen.holds(*it)).collect();
+        assert_eq!(told, [103, 105, 110, 111, 112]);
+        // The second time round: 2^32 + 2.
+        let unseen = Unseen::read("4294967290:4294967298:").expect("a snapshot");
+        assert!(unseen.holds(2) && unseen.holds(7) && !unseen.holds(1) && !unseen.holds(u32::MAX));
+        assert_eq!([Unseen::read(""), Unseen::read("1:x:"), Unseen::read("1:2:x")], [None, None, None]);
     }
 
     #[test]

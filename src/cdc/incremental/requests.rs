@@ -18,6 +18,8 @@ pub struct Request {
     pub requested_at: DateTime<Utc>,
     /// Rows read so far.
     pub rows: u64,
+    /// Why it was given up.
+    pub failure: Option<String>,
     /// The key of the last of them, as PostgreSQL prints it.
     #[serde(skip)]
     pub(super) after_key: Option<Vec<String>>,
@@ -30,8 +32,12 @@ pub(in crate::cdc) struct Requests {
     topic_prefix: String,
 }
 
-const OPEN: &str = "select id, table_name, requested_at, rows, after_key from ledgerline.cdc_incremental_snapshot
+const OPEN: &str = "select id, table_name, requested_at, rows, after_key, failure from ledgerline.cdc_incremental_snapshot
     where topic_prefix = $1 and finished_at is null and failure is null order by id";
+/// A failure is told until the table is asked for again.
+const TOLD: &str = "select id, table_name, requested_at, rows, after_key, failure from ledgerline.cdc_incremental_snapshot it
+    where topic_prefix = $1 and finished_at is null and (failure is null or not exists (select from ledgerline.cdc_incremental_snapshot later
+        where later.topic_prefix = $1 and later.table_name = it.table_name and later.id > it.id)) order by id";
 
 impl Requests {
     /// Makes the table if it is missing.
@@ -66,7 +72,16 @@ impl Requests {
 
     /// All that is not finished, oldest first.
     pub(in crate::cdc) async fn waiting(&mut self) -> Result<Vec<Request>, Error> {
-        let rows = sqlx::query(OPEN).bind(&self.topic_prefix).fetch_all(&mut self.connection).await.map_err(failed)?;
+        self.select(OPEN).await
+    }
+
+    /// And what was given up.
+    pub(in crate::cdc) async fn told(&mut self) -> Result<Vec<Request>, Error> {
+        self.select(TOLD).await
+    }
+
+    async fn select(&mut self, statement: &'static str) -> Result<Vec<Request>, Error> {
+        let rows = sqlx::query(statement).bind(&self.topic_prefix).fetch_all(&mut self.connection).await.map_err(failed)?;
         rows.iter().map(request).collect()
     }
 
@@ -104,6 +119,7 @@ fn request(row: &PgRow) -> Result<Request, Error> {
         table: row.try_get("table_name").map_err(failed)?,
         requested_at: row.try_get("requested_at").map_err(failed)?,
         rows: u64::try_from(rows).unwrap_or(0),
+        failure: row.try_get("failure").map_err(failed)?,
         after_key: after_key.map(|it| it.0),
     })
 }

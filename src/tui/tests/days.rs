@@ -5,7 +5,7 @@ use std::sync::Arc;
 use chrono::TimeDelta;
 
 use crate::{
-    bank,
+    bank, cdc,
     dag::{RunState, RunStats, TaskState},
     dbt::TestCounts,
     pipeline::{
@@ -116,6 +116,19 @@ fn a_slot_that_will_be_lost_within_the_hour_is_told_with_the_time_left() {
     now.cdc.slot.as_mut().unwrap().safe_wal_bytes = Some(64 << 20);
     let text = picture(&judged(now), &mut on_screen(Pane::Stream, &busy()), (120, 36));
     assert!(text.contains("slot in danger") && text.contains("safe for 64") && text.contains("14 min"), "{text}");
+}
+
+#[test]
+fn rows_from_before_are_told_with_their_share_and_the_time_left() {
+    let mut now = busy();
+    let progress =
+        cdc::SnapshotProgress { tables: 5, tables_done: 1, rows: 1_200_000, rows_estimated: 5_000_000, seconds_left: Some(190), ..Default::default() };
+    (now.cdc.snapshot, now.cdc.step) = (Some(progress), cdc::Step::Snapshot);
+    assert_eq!(verdict(&now).text, "cdc reads what the source holds: table 2 of 5, 1,200,000 of about 5,000,000 rows, 24 %, 3 min left");
+    now.cdc.step = cdc::Step::Streaming;
+    assert_eq!(verdict(&now).level, Level::Well);
+    now.cdc.incremental_snapshot = Some(cdc::IncrementalSnapshot { table: "public.accounts".into(), rows: 512, ..Default::default() });
+    assert_eq!(verdict(&now).text, "cdc reads public.accounts again: 512 rows");
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! What each place holds at the mark: its events folded to the latest state of each key, by one SQL for all of them.
 //!
 //! The order of a key's changes is that of the commits (the END's LSN, found by transaction number), then of the WAL. A read
-//! of the initial snapshot stands at the position it was read at, and only the attempt that came to an end counts. Repeats are the
+//! of the initial snapshot stands at the position it was read at, and only the attempt that came to an end counts; one of an
+//! incremental snapshot repeats what is known, and counts where nothing else is. Repeats are the
 //! same change and fold to one; staging has none to offer, so a doubled row there counts twice.
 
 use std::{collections::BTreeMap, ops::RangeInclusive};
@@ -11,7 +12,7 @@ use sqlx::{AssertSqlSafe, PgConnection, Row};
 use super::{
     Amount, BANK_AND_BOUNDARIES, BankTable, Check, Mark, TABLES,
     compare::{Keys, Ranges},
-    lake_events::{Changes, Ends},
+    lake_events::{Changes, Ends, READ_AGAIN},
     source::held,
 };
 use crate::{
@@ -191,7 +192,7 @@ impl<'a> Folded<'a> {
             Place::Source => None,
             Place::Lake => Some(fold(&lake_table(table.name), "lake_commits", self.snapshot_lsn)),
             Place::Raw => Some(fold(&format!("({})", raw_events(table)), "raw_commits", self.snapshot_lsn)),
-            Place::Staging => Some(staged(table, &format!("tx_lsn <= {} and tx_lsn not in (select lsn from raw_unseen)", self.lsn))),
+            Place::Staging => Some(staged(table, &staged_at(self.lsn))),
             Place::StagingAtCut => Some(staged(table, &format!("tx_lsn <= {}", self.position(table.model).await?))),
             Place::Analytics => {
                 Some(format!("select {} as key, 1 as n, {} as cents from analytics.{} where {}", table.key, cents(table), table.model, table.alive))
@@ -244,7 +245,8 @@ fn raw_events(table: &BankTable) -> String {
     let cents = table.money.map_or_else(|| "0".to_owned(), |money| format!("(image ->> '{money}')::numeric * 100"));
     let raw = RawTable::new(table.name);
     format!(
-        "select (image ->> 'id')::bigint as key, op, (origin ->> 'txId')::bigint as xid, (origin ->> 'lsn')::bigint as lsn, {cents} as cents
+        "select (image ->> 'id')::bigint as key, case when op = 'r' and origin ->> 'lsn' is null then '{READ_AGAIN}' else op end as op,
+           (origin ->> 'txId')::bigint as xid, coalesce((origin ->> 'lsn')::bigint, 0) as lsn, {cents} as cents
          from (select v ->> 'op' as op, v -> 'source' as origin, v -> case when v ->> 'op' = 'd' then 'before' else 'after' end as image from {raw} where v is not null) change"
     )
 }
@@ -255,9 +257,14 @@ fn fold(events: &str, commits: &str, snapshot_lsn: i64) -> String {
         "select key, 1 as n, cents from (
            select distinct on (e.key) e.key, e.op, e.cents from {events} e
            left join {commits} c on e.op <> 'r' and c.xid = e.xid and e.lsn > c.after_lsn and e.lsn <= c.lsn
-           where case when e.op = 'r' then e.lsn = {snapshot_lsn} else c.lsn is not null end
+           where case e.op when 'r' then e.lsn = {snapshot_lsn} when '{READ_AGAIN}' then true else c.lsn is not null end
            order by e.key, coalesce(c.lsn, e.lsn) desc, e.lsn desc) latest where op <> 'd'"
     )
+}
+
+/// Which rows of staging the mark sees. What was read again (lsn 1) has the place at which it became known, which says nothing.
+pub(super) fn staged_at(lsn: i64) -> String {
+    format!("((tx_lsn <= {lsn} and tx_lsn not in (select lsn from raw_unseen)) or (op = 'r' and lsn = 1))")
 }
 
 /// The same of staging, whose rows know their commit. Two rows that say the same change are two.

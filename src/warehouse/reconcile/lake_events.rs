@@ -33,8 +33,11 @@ struct Image {
 struct Origin {
     #[serde(rename = "txId")]
     tx_id: Option<i64>,
-    lsn: i64,
+    lsn: Option<i64>,
 }
+
+/// As `op`: read again by an incremental snapshot, which tells neither LSN nor transaction. It stands before all else that is known.
+pub(super) const READ_AGAIN: &str = "again";
 
 /// What a record says that counts here.
 #[derive(Debug)]
@@ -51,7 +54,11 @@ pub(super) fn change(value: &str) -> Option<Told> {
     let envelope = serde_json::from_str::<Envelope<'_>>(value).ok()?;
     let image = (if envelope.op == "d" { envelope.before } else { envelope.after })?;
     let cents = image.balance.or(image.amount).unwrap_or_default().cents();
-    Some(Told { key: image.id, op: envelope.op.into_owned(), xid: envelope.source.tx_id, lsn: envelope.source.lsn, cents })
+    let (op, lsn) = match (&*envelope.op, envelope.source.lsn) {
+        ("r", None) => (READ_AGAIN.to_owned(), 0),
+        (op, lsn) => (op.to_owned(), lsn?),
+    };
+    Some(Told { key: image.id, op, xid: envelope.source.tx_id, lsn, cents })
 }
 
 /// The end of a transaction; its number is the key.

@@ -11,8 +11,8 @@ use arrow_array::{ArrayRef, Int64Array, StringArray};
 use super::{
     Amount, BANK_AND_BOUNDARIES, BankTable, Check, Mark, TABLES,
     compare::{Held, Keys, Ranges},
-    fold::{Place, misloaded},
-    lake_events::{self, Told},
+    fold::{Place, misloaded, staged_at},
+    lake_events::{self, READ_AGAIN, Told},
 };
 use crate::{
     change::{BOUNDARIES, Topics},
@@ -203,7 +203,7 @@ impl<'a> Folded<'a> {
             Place::Source => None,
             Place::Lake => Some(fold(&format!("lake_{}", table.name), "lake_commits", self.snapshot_lsn)),
             Place::Raw => Some(fold(&format!("({})", raw_events(table, &self.loaded[table.name])), "raw_commits", self.snapshot_lsn)),
-            Place::Staging => Some(staged(table, &cents, &format!("tx_lsn <= {} and tx_lsn not in (select lsn from raw_unseen)", self.lsn))),
+            Place::Staging => Some(staged(table, &cents, &staged_at(self.lsn))),
             Place::StagingAtCut => Some(staged(table, &cents, &format!("tx_lsn <= {}", self.position(table.model).await?))),
             Place::Analytics => Some(format!("select {} as key, 1 as n, {cents} as cents from analytics.{} where {}", table.key, table.model, table.alive)),
         })
@@ -253,7 +253,8 @@ fn held(rows: &[Row]) -> Result<BTreeMap<i64, Held>, Error> {
 fn raw_events(table: &BankTable, loaded: &str) -> String {
     let cents = table.money.map_or_else(|| "0".to_owned(), |money| format!("image:{money}::number(18, 2) * 100"));
     format!(
-        "select image:id::number(38, 0) as key, op, origin:txId::number(38, 0) as xid, origin:lsn::number(38, 0) as lsn, {cents} as cents
+        "select image:id::number(38, 0) as key, iff(op = 'r' and origin:lsn::number(38, 0) is null, '{READ_AGAIN}', op) as op,
+           origin:txId::number(38, 0) as xid, coalesce(origin:lsn::number(38, 0), 0) as lsn, {cents} as cents
          from (select v:op::varchar as op, v:source as origin, get(v, iff(v:op::varchar = 'd', 'before', 'after')) as image from {} where v is not null and {loaded}) change",
         raw_table(table.name)
     )
@@ -264,7 +265,7 @@ fn fold(events: &str, commits: &str, snapshot_lsn: i64) -> String {
         "select key, 1 as n, cents from (
            select e.key, e.op, e.cents, row_number() over (partition by e.key order by coalesce(c.lsn, e.lsn) desc, e.lsn desc) as age from {events} e
            left join {commits} c on e.op <> 'r' and c.xid = e.xid and e.lsn > c.after_lsn and e.lsn <= c.lsn
-           where (e.op = 'r' and e.lsn = {snapshot_lsn}) or (e.op <> 'r' and c.lsn is not null)) latest
+           where (e.op = 'r' and e.lsn = {snapshot_lsn}) or e.op = '{READ_AGAIN}' or (e.op <> 'r' and c.lsn is not null)) latest
          where age = 1 and op <> 'd'"
     )
 }

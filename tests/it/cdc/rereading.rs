@@ -36,7 +36,7 @@ impl House {
         let database = Database::create(test).await;
         database.run(PAYMENTS).await;
         database.run(&format!("insert into payments select id, 1.00, repeat('x', 50) from generate_series(1, {ROWS}) id;")).await;
-        let broker = Broker::start(&database, &["public.payments"], 1);
+        let broker = Broker::start(&database, &["public.payments", "public.fees"], 1);
         let config = config(&database);
         Self { database, broker, config }
     }
@@ -141,7 +141,7 @@ async fn a_table_is_read_on_where_a_killed_capture_left_it() {
 #[tokio::test]
 async fn what_cannot_be_read_again_is_refused_with_the_remedy() {
     let house = House::new("reread_refused").await;
-    house.database.run("create table notes (text text);").await;
+    house.database.run("create table public.notes (text text);").await;
     let ask = async |table: &str| cdc::resnapshot(&house.database.url, &house.database.url, &house.config, table, true).await;
     for (table, told) in [("public.nothing", "does not exist"), ("public.notes", "no primary key"), ("public.payments", "publication")] {
         let error = ask(table).await.expect_err("it cannot");
@@ -150,17 +150,87 @@ async fn what_cannot_be_read_again_is_refused_with_the_remedy() {
 }
 
 #[tokio::test]
+async fn a_table_that_cannot_be_read_any_more_is_given_up_and_told() {
+    let house = House::new("reread_given_up").await;
+    let capture = house.start();
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    capture.stop().await;
+    house.ask().await.expect("it may be read");
+    house.database.run("alter table payments drop constraint payments_pkey;").await;
+    let capture = house.start();
+    let given_up = async {
+        loop {
+            match house.waiting().await.pop().expect("it is told").failure {
+                Some(why) => return why,
+                None => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
+            }
+        }
+    };
+    let why = tokio::time::timeout(super::house::PATIENCE, given_up).await.expect("it is given up");
+    assert!(why.contains("no primary key"), "{why}");
+    capture.stop().await;
+}
+
+#[tokio::test]
 async fn a_table_with_rows_from_before_is_captured_after_it_was_read() {
     let mut house = House::new("reread_joins").await;
     let capture = house.start();
     capture.until("streaming", |it| it.step == Step::Streaming).await;
-    house.database.run("create table fees (id bigint primary key, amount text); insert into fees values (1, '1.00');").await;
+    house.database.run("create table public.fees (id bigint primary key, amount text); insert into public.fees values (1, '1.00');").await;
     capture.until("left out", |it| it.uncaptured == ["public.fees"]).await;
     cdc::resnapshot(&house.database.url, &house.database.url, &house.config, "public.fees", false).await.expect("it may be read");
     house.until_read().await;
-    house.database.run("insert into fees values (2, '2.00');").await;
+    house.database.run("insert into public.fees values (2, '2.00');").await;
     capture.drain(&house.database).await;
     assert_eq!(read_along(&house.broker.read("public.fees")).0.len(), 2);
     capture.until("captured", |it| it.uncaptured.is_empty()).await;
     capture.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_was_cut_short_goes_on_without_losing_the_streams_place() {
+    let database = Database::create("goes_on").await;
+    database
+        .run("create table public.fees (id bigint primary key, amount text); insert into public.fees select id, '1.00' from generate_series(1, 100) id;")
+        .await;
+    database.run(PAYMENTS).await;
+    database.run(&format!("insert into payments select id, 1.00, repeat('x', 50) from generate_series(1, {ROWS}) id;")).await;
+    let mut broker = Broker::in_memory(&database, &["public.fees", "public.payments"], 1);
+    // The broker takes long for each answer: once it has the fees, the payments are still on their way.
+    broker.mock().broker_round_trip_time(1, std::time::Duration::from_millis(300)).expect("slow");
+    let first = Capture::start(&database, broker.address(), config(&database));
+    first.until("reading", |it| it.snapshot.as_ref().is_some_and(|it| it.tables_done == 1)).await;
+    broker.mock().broker_round_trip_time(1, std::time::Duration::from_secs(3)).expect("slower");
+    let mut state = database.connect().await;
+    let read = async {
+        while sqlx::query_scalar::<_, i64>("select cardinality(tables_read)::bigint from ledgerline.cdc_snapshot").fetch_one(&mut state).await.expect("a row")
+            == 0
+        {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(super::house::PATIENCE, read).await.expect("the fees are read");
+    first.kill().await;
+    assert_eq!(cdc::snapshot_ends(&database.url, &database.name).await.expect("the state"), None);
+    let began: i64 = sqlx::query_scalar("select lsn from ledgerline.cdc_snapshot").fetch_one(&mut state).await.expect("where the slot began");
+    broker.mock().broker_round_trip_time(1, std::time::Duration::ZERO).expect("fast");
+    database.run("update payments set amount = 2 where id = 5; delete from payments where id = 6; update public.fees set amount = '3.00' where id = 1;").await;
+
+    let second = Capture::start(&database, broker.address(), config(&database));
+    let whole = async {
+        loop {
+            match cdc::snapshot_ends(&database.url, &database.name).await.expect("the state") {
+                Some(ends) => return ends,
+                None => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
+            }
+        }
+    };
+    let ends = tokio::time::timeout(super::house::PATIENCE, whole).await.expect("it comes to its end");
+    assert_eq!(i64::try_from(ends.lsn.0), Ok(began), "the same slot");
+    second.drain(&database).await;
+    second.stop().await;
+    assert_eq!(read_along(&broker.read("public.payments")).0, held(&database).await);
+    let (fees, again) = read_along(&broker.read("public.fees"));
+    assert_eq!((fees.len(), fees[&1].as_str(), again.len()), (100, "3.00", 0), "what was read is not read again");
+    assert!(ends.ends.iter().any(|it| it.topic.ends_with("payments") && it.end_offset >= ROWS), "{ends:?}");
 }

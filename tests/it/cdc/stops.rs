@@ -13,7 +13,7 @@ use tokio::process::Command;
 use super::{
     crashes::{own_server, server_config},
     days::{PAYMENTS, parsed},
-    house::{Broker, Capture, Database, PATIENCE, Reader, config},
+    house::{Broker, Capture, Database, Reader, config},
     refusals::{captured, refuses},
 };
 use crate::lane::Stream;

@@ -1,0 +1,1 @@
+-- What Debezium was told by its signal table: execute-snapshot of public.accounts and public.evolve, incremental. Ours is asked otherwise.
