@@ -23,7 +23,6 @@ async fn stops(capture: Capture, told: &[&str]) {
     let error = capture.ended().await.expect_err("it stops");
     let Fault::Operator(remedy) = error.fault() else { panic!("no remedy for: {}", chain(&error)) };
     let read = format!("{}: {remedy}", chain(&error));
-    println!("{read}");
     assert!(told.iter().all(|it| read.contains(it)), "{read}");
 }
 
