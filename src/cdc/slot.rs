@@ -224,24 +224,24 @@ pub(super) async fn start(mut client: Replication, name: &str) -> Result<Replica
 
 /// A connection that has not started.
 pub(super) async fn connect(source: &Source, name: &str, publication: &str) -> Result<Replication, Error> {
+    let failed = |source| Error::Replication { what: "open a replication connection", source };
     let config = source.replication(name, publication);
-    let connecting = async {
-        match introduced(config.clone()).await {
-            // The handshake comes with the first question.
-            Err(PgWireError::Tls(refusal)) if source.sslmode() == "verify-ca" => match by_the_certificates_name(config, &refusal) {
-                Some(config) => introduced(config).await,
-                None => Err(PgWireError::Tls(refusal)),
-            },
-            answer => answer,
-        }
-    };
-    let connecting = tokio::time::timeout(CONNECT_MAX, connecting).await;
-    let timed_out = |_| PgWireError::from(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer within 10 s"));
-    connecting.map_err(timed_out).and_then(|it| it).map_err(|source| Error::Replication { what: "open a replication connection", source })
+    match introduced(config.clone()).await {
+        Err(PgWireError::Tls(refusal)) if source.sslmode() == "verify-ca" => match by_the_certificates_name(config, &refusal) {
+            Some(config) => introduced(config).await.map_err(failed),
+            None => Err(failed(PgWireError::Tls(refusal))),
+        },
+        answer => answer.map_err(failed),
+    }
 }
 
 /// Connects and asks who is there.
 async fn introduced(config: ReplicationConfig) -> Result<Replication, PgWireError> {
+    let timed_out = |_| PgWireError::from(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer within 10 s"));
+    tokio::time::timeout(CONNECT_MAX, asked(config)).await.map_err(timed_out).and_then(|it| it)
+}
+
+async fn asked(config: ReplicationConfig) -> Result<Replication, PgWireError> {
     let mut client = ReplicationClient::connect_gated(config).await?;
     let answer = client.simple_query("select pg_backend_pid(), current_setting('server_version_num')").await?;
     let number = |at: usize| answer.first().and_then(|row| std::str::from_utf8(row.get(at)?.as_ref()?).ok()?.parse::<i32>().ok());

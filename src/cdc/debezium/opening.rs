@@ -58,11 +58,6 @@ impl Capture {
     pub(super) async fn open(&mut self, control: &Control<Stats>) -> Result<Open, Error> {
         let registrar = Registrar { rest: self.rest.clone(), source: &self.source, config: &self.config };
         registrar.require_plugin().await?;
-        let asking = topics::Topics::connect(&self.kafka)?;
-        if self.boundaries_from.is_none() {
-            let marks = asking.watermarks(BTreeSet::from([self.topics.boundaries()])).await?;
-            self.boundaries_from = marks.first().map(|(_, marks)| marks.end);
-        }
         let mut connection = self.source.connect().await?;
         catalog::check_server(&mut connection).await?;
         let mut store = Store::open(&self.state, &self.config.topic_prefix).await?;
@@ -70,6 +65,11 @@ impl Capture {
         let progress = store.read().await?;
         let slot = slot::find(&mut connection, &self.config.slot).await?;
         let found = registrar.look(slot, progress.as_ref()).await?;
+        let asking = topics::Topics::connect(&self.kafka)?;
+        if self.boundaries_from.is_none() {
+            let marks = asking.watermarks(BTreeSet::from([self.topics.boundaries()])).await?;
+            self.boundaries_from = marks.first().map(|(_, marks)| marks.end);
+        }
         let start = found.start;
         if start != Start::Resume && self.takes_snapshot() {
             // Debezium would try for ever, and Connect call that RUNNING.

@@ -13,7 +13,7 @@ use tokio::process::Command;
 use super::{
     crashes::{own_server, server_config},
     days::{PAYMENTS, parsed},
-    house::{Broker, Capture, Database, PATIENCE, Reader, config},
+    house::{Broker, Capture, Database, Reader, config},
     refusals::{captured, refuses},
 };
 use crate::lane::Stream;
@@ -23,7 +23,6 @@ async fn stops(capture: Capture, told: &[&str]) {
     let error = capture.ended().await.expect_err("it stops");
     let Fault::Operator(remedy) = error.fault() else { panic!("no remedy for: {}", chain(&error)) };
     let read = format!("{}: {remedy}", chain(&error));
-    println!("{read}");
     assert!(told.iter().all(|it| read.contains(it)), "{read}");
 }
 
