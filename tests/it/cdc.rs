@@ -1,4 +1,4 @@
-//! The capture on a real PostgreSQL, into a broker in memory.
+//! The capture on a real PostgreSQL, into a broker.
 
 mod applying;
 mod bytes;

@@ -1,4 +1,4 @@
-//! What the capture's tests stand on: a database of their own, a broker in memory, and a capture between the two.
+//! What the capture's tests stand on: a database and a broker of their own, and a capture between the two.
 
 use std::{
     collections::HashMap,
@@ -10,6 +10,7 @@ use std::{
 use ledgerline::{
     cdc::{self, Config, Stats},
     change::Lsn,
+    embedded::kafka,
     secret::Secret,
     stage::{self, Handle, Phase},
     stream,
@@ -24,7 +25,8 @@ use rdkafka::{
     producer::DefaultProducerContext,
 };
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
-use tokio::task::JoinHandle;
+use tempfile::TempDir;
+use tokio::{runtime::Runtime, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::lane::{self, stack};
@@ -133,14 +135,51 @@ pub(super) struct Read {
 /// As a topic: the capture's heartbeat, which has its name before the prefix.
 pub(super) const HEARTBEAT: &str = "__debezium-heartbeat";
 
-/// A broker: one in memory, or with `--features stack` the real one.
+/// A broker: our own, or with `--features stack` the real one.
 pub(super) struct Broker {
     pub(super) address: String,
     /// The topics of the capture begin with it.
     pub(super) prefix: String,
-    /// Cannot create topics on request, so tests make theirs first.
-    mock: Option<MockCluster<'static, DefaultProducerContext>>,
+    kind: Kind,
     reader: Reader,
+}
+
+enum Kind {
+    Embedded(#[expect(dead_code, reason = "held until the test ends")] Embedded),
+    /// Shared: a test removes its topics.
+    Stack,
+    /// Cannot create topics on request, so tests make theirs first. Nor does it say what its topics take, and a capture waits for
+    /// the answer: only for tests that want it away or slow.
+    Mock(MockCluster<'static, DefaultProducerContext>),
+}
+
+/// Our broker, on a runtime of its own: it serves while a test blocks.
+struct Embedded {
+    running: Option<(kafka::Broker, Runtime)>,
+    _dir: TempDir,
+}
+
+impl Embedded {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let config = crate::kafka::small(dir.path());
+        let start = move || {
+            let runtime = Runtime::new().expect("a runtime");
+            (runtime.block_on(kafka::Broker::start(config)).expect("our broker starts"), runtime)
+        };
+        Self { running: Some(std::thread::spawn(start).join().expect("our broker starts")), _dir: dir }
+    }
+
+    fn address(&self) -> String {
+        self.running.as_ref().expect("it runs").0.address()
+    }
+}
+
+impl Drop for Embedded {
+    fn drop(&mut self) {
+        let Some((broker, runtime)) = self.running.take() else { return };
+        let _ = std::thread::spawn(move || runtime.block_on(broker.stop())).join();
+    }
 }
 
 /// Reads topics of a broker, wherever it is.
@@ -157,20 +196,21 @@ impl Broker {
     }
 
     pub(super) fn with_prefix(prefix: &str, tables: &[&str], partitions: i32) -> Self {
-        let Some(stack) = stack() else { return Self::mocked(prefix, tables, partitions) };
-        let broker = Self::at(stack.kafka(), prefix, None);
+        let broker = match stack() {
+            Some(stack) => Self::at(stack.kafka(), prefix, Kind::Stack),
+            None => {
+                let embedded = Embedded::start();
+                Self::at(embedded.address(), prefix, Kind::Embedded(embedded))
+            }
+        };
         broker.create(tables, partitions);
         broker
     }
 
     /// In memory, where it can be away or slow at will.
     pub(super) fn in_memory(database: &Database, tables: &[&str], partitions: i32) -> Self {
-        Self::mocked(&database.name, tables, partitions)
-    }
-
-    fn mocked(prefix: &str, tables: &[&str], partitions: i32) -> Self {
         let mock = MockCluster::new(1).expect("a broker in memory");
-        let broker = Self::at(mock.bootstrap_servers(), prefix, Some(mock));
+        let broker = Self::at(mock.bootstrap_servers(), &database.name, Kind::Mock(mock));
         for (topic, partitions) in broker.topics(tables, partitions) {
             broker.mock().create_topic(&topic, partitions, 1).expect("a topic");
         }
@@ -178,7 +218,8 @@ impl Broker {
     }
 
     pub(super) fn mock(&self) -> &MockCluster<'static, DefaultProducerContext> {
-        self.mock.as_ref().expect("it is in memory")
+        let Kind::Mock(mock) = &self.kind else { panic!("it is not in memory") };
+        mock
     }
 
     fn topics(&self, tables: &[&str], partitions: i32) -> Vec<(String, i32)> {
@@ -201,8 +242,8 @@ impl Broker {
         assert!(created.iter().all(Result::is_ok), "{created:?}");
     }
 
-    fn at(address: String, prefix: &str, mock: Option<MockCluster<'static, DefaultProducerContext>>) -> Self {
-        Self { reader: Reader::start(&address), address, prefix: prefix.to_owned(), mock }
+    fn at(address: String, prefix: &str, kind: Kind) -> Self {
+        Self { reader: Reader::start(&address), address, prefix: prefix.to_owned(), kind }
     }
 
     pub(super) fn address(&self) -> String {
@@ -271,7 +312,7 @@ impl Reader {
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        if self.mock.is_none() {
+        if matches!(self.kind, Kind::Stack) {
             lane::remove_topics(&self.address, &self.prefix);
         }
     }
