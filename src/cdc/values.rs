@@ -48,7 +48,7 @@ pub(super) enum Kind {
     One(Scalar),
     /// With what stands for an array that the stream left out.
     Array(Scalar, Unavailable),
-    /// Debezium has a field for such a column, and no value but an empty array.
+    /// Debezium has a field for such a column, and reads no element of it: null, unless all elements are.
     Empty,
     /// Always null.
     Null,
@@ -105,6 +105,7 @@ const TYPES: &[(u32, u32, Scalar, Unavailable)] = &[
 
 /// Type, its array type, how one is written, and what Debezium makes of arrays of it.
 const ALONE: &[(u32, u32, Scalar, Kind)] = &[
+    (19, 1003, Scalar::Text, Kind::Omitted),
     (142, 143, Scalar::Text, Kind::Omitted),
     (790, 791, Scalar::Money, Kind::Omitted),
     (1186, 1187, Scalar::Interval, Kind::Omitted),
@@ -142,7 +143,7 @@ pub(super) fn made(name: &str, is_enum: bool, in_array: bool) -> Kind {
         "ltree" | "isbn" | "isbn13" | "issn" | "issn13" | "ismn" | "ismn13" | "ean13" | "upc" => (Scalar::Text, Kind::Empty),
         // PostGIS: its own text.
         "geometry" | "geography" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
-        // Composite types, ranges of somebody's own, and of the built-in ones `name`, `xid`, `pg_lsn`, multiranges and the like.
+        // Composite types, ranges of somebody's own, and of the built-in ones `xid`, `pg_lsn`, multiranges and the like.
         _ => return Kind::Omitted,
     };
     if in_array { of_arrays } else { Kind::One(scalar) }
@@ -168,8 +169,9 @@ impl Kind {
         match self {
             Self::One(scalar) => scalar.write(out, text),
             Self::Array(scalar, _) => array(out, text, scalar),
+            Self::Empty if text.split(['{', '}', ',']).all(|it| matches!(it, "" | "NULL")) => array(out, text, Scalar::Text),
             Self::Empty | Self::Null | Self::Omitted => {
-                out.extend_from_slice(if self == Self::Empty && text == "{}" { &b"[]"[..] } else { b"null" });
+                out.extend_from_slice(b"null");
                 Ok(())
             }
         }

@@ -59,9 +59,9 @@ fn without_version(value: &str) -> String {
 
 /// Debezium's accidents of Java (`tests/golden/README.md`), as we write them.
 fn as_we_write((key, value, headers): Comparable) -> Comparable {
-    let value = value
-        .map(|value| value.replace("\"NAN\"", "\"NaN\"").replace("\"POSITIVE_INFINITY\"", "\"Infinity\"").replace("\"NEGATIVE_INFINITY\"", "\"-Infinity\""));
-    (key, value, headers)
+    let ours =
+        |text: String| text.replace("\"NAN\"", "\"NaN\"").replace("\"POSITIVE_INFINITY\"", "\"Infinity\"").replace("\"NEGATIVE_INFINITY\"", "\"-Infinity\"");
+    (key.map(ours), value.map(ours), headers.into_iter().map(|(name, value)| (name, ours(value))).collect())
 }
 
 fn first_difference(ours: &[Comparable], theirs: &[Comparable]) -> Option<String> {

@@ -94,20 +94,32 @@ pub(super) async fn both(cases: &[Case]) -> Outcome {
     native.streaming(&database).await;
     // Debezium tells no position behind its snapshot before something happened there, with heartbeats as rare as these.
     debezium.began(&database, &mut connection).await;
-    sentinel(&mut connection).await;
-    debezium.streaming(&database).await;
+    let begin = sentinel(&mut connection).await;
+    confirmed(&mut connection, &debezium, begin).await;
     let n_phases = cases.iter().map(|it| it.phases.len()).max().unwrap_or(0);
     for at in 1..n_phases {
         phase(&mut connection, cases, at, &mut done).await;
         let end = sentinel(&mut connection).await;
         for engine in [&native, &debezium] {
-            engine.until("all of a phase", |it| it.confirmed_lsn > end).await;
+            confirmed(&mut connection, engine, end).await;
         }
     }
     let (ours, theirs) = (native.written(), debezium.written());
     native.stop(&database).await;
     debezium.stop(&database).await;
     Outcome { ours, theirs, done }
+}
+
+/// Waits until the engine has told its slot that the broker has all before that place.
+async fn confirmed(connection: &mut PgConnection, engine: &Engine, end: Lsn) {
+    const CONFIRMED: &str = "select coalesce((confirmed_flush_lsn - '0/0')::bigint, 0) from pg_replication_slots where slot_name = $1";
+    let deadline = Instant::now() + PATIENCE;
+    let end = i64::try_from(end.0).expect("a position");
+    while sqlx::query_scalar::<_, i64>(CONFIRMED).bind(&engine.config.slot).fetch_one(&mut *connection).await.expect("an answer") <= end {
+        let stats = engine.running().handle.stats.borrow().clone();
+        assert!(Instant::now() < deadline, "{} does not get on: {stats:?}", engine.config.engine.as_str());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// A place in the WAL which only a commit behind everything so far lies behind.
@@ -207,16 +219,6 @@ impl Engine {
         let error = self.capture.take().expect("it ran").ended().await.expect_err("it was not told to end");
         assert!(matches!(error.fault(), Fault::Transient), "{}", ledgerline::fault::chain(&error));
         self.capture = Some(Capture::start(database, self.kafka.clone(), self.config.clone()));
-    }
-
-    /// With the patience that a worker's start takes.
-    async fn until(&self, what: &str, reached: impl FnMut(&Stats) -> bool) {
-        let engine = self.config.engine.as_str();
-        let mut stats = self.running().handle.stats.clone();
-        let waited = tokio::time::timeout(PATIENCE, stats.wait_for(reached))
-            .await
-            .unwrap_or_else(|_| panic!("{engine}, {what}: still not so: {:?}", *self.running().handle.stats.borrow()));
-        waited.unwrap_or_else(|_| panic!("{engine}, {what}: the capture ended"));
     }
 
     async fn stop(&mut self, database: &Database) {
