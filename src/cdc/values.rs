@@ -140,7 +140,8 @@ pub(super) fn made(name: &str, is_enum: bool, in_array: bool) -> Kind {
         _ if is_enum => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
         "hstore" => (Scalar::Hstore, Kind::Array(Scalar::Hstore, Unavailable::Null)),
         "citext" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
-        "ltree" | "isbn" | "isbn13" | "issn" | "issn13" | "ismn" | "ismn13" | "ean13" | "upc" => (Scalar::Text, Kind::Empty),
+        "ltree" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
+        "isbn" | "isbn13" | "issn" | "issn13" | "ismn" | "ismn13" | "ean13" | "upc" => (Scalar::Text, Kind::Empty),
         // PostGIS: its own text.
         "geometry" | "geography" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
         // Composite types, ranges of somebody's own, and of the built-in ones `xid`, `pg_lsn`, multiranges and the like.
@@ -420,6 +421,74 @@ mod tests {
         ] {
             assert_eq!(shown(type_oid, modifier, text), json, "type {type_oid}");
         }
+    }
+
+    /// Type as the table names it, its id, and the modifier its text stands for.
+    const DOCUMENTED: [(&str, u32, i32); 48] = [
+        ("smallint", 21, -1),
+        ("integer", 23, -1),
+        ("bigint", 20, -1),
+        ("oid", 26, -1),
+        ("boolean", 16, -1),
+        ("real", 700, -1),
+        ("double precision", 701, -1),
+        ("numeric", 1700, -1),
+        ("money", 790, -1),
+        ("text", 25, -1),
+        ("varchar", 1043, -1),
+        ("char(4)", 1042, 8),
+        ("\"char\"", 18, -1),
+        ("name", 19, -1),
+        ("bytea", 17, -1),
+        ("uuid", 2950, -1),
+        ("date", 1082, -1),
+        ("time", 1083, -1),
+        ("time(3)", 1083, 3),
+        ("timetz", 1266, -1),
+        ("timestamp", 1114, -1),
+        ("timestamp(3)", 1114, 3),
+        ("timestamptz", 1184, -1),
+        ("timestamptz(2)", 1184, 2),
+        ("interval", 1186, -1),
+        ("bit(1)", 1560, 1),
+        ("bit(8)", 1560, 8),
+        ("bit varying", 1562, -1),
+        ("json", 114, -1),
+        ("jsonb", 3802, -1),
+        ("xml", 142, -1),
+        ("inet", 869, -1),
+        ("cidr", 650, -1),
+        ("macaddr", 829, -1),
+        ("macaddr8", 774, -1),
+        ("tsvector", 3614, -1),
+        ("int4range", 3904, -1),
+        ("numrange", 3906, -1),
+        ("daterange", 3912, -1),
+        ("point", 600, -1),
+        ("line", 628, -1),
+        ("lseg", 601, -1),
+        ("circle", 718, -1),
+        ("integer[]", 1007, -1),
+        ("text[]", 1009, -1),
+        ("timestamptz[]", 1185, -1),
+        ("circle[]", 719, -1),
+        ("bit(3)[]", 1561, 3),
+    ];
+
+    #[test]
+    fn the_table_of_types_shows_what_is_written() {
+        let table = include_str!("../../assets/cdc-types.md");
+        let code = |cell: &'static str| cell.strip_prefix('`').and_then(|it| it.strip_suffix('`')).expect("code");
+        let rows: Vec<Vec<&str>> =
+            table.lines().filter(|it| it.starts_with("| `")).map(|it| it.trim_matches('|').split('|').map(str::trim).collect()).collect();
+        let mut shown_types = 0;
+        for row in rows.iter().filter(|it| it.len() == 5) {
+            let (name, text, json) = (row[0].split("`, `").next().unwrap_or_default().trim_matches('`'), code(row[3]), code(row[4]));
+            let (_, type_oid, modifier) = DOCUMENTED.iter().find(|it| it.0 == name).unwrap_or_else(|| panic!("{name} is not among those that are checked"));
+            assert_eq!(shown(*type_oid, *modifier, text), json, "{name}");
+            shown_types += 1;
+        }
+        assert_eq!(shown_types, DOCUMENTED.len(), "each is in the table");
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub(super) fn differences(ours: &Topics, theirs: &Topics) -> Vec<Difference> {
     topics.dedup();
     let none = Vec::new();
     let difference = |topic: &String| {
-        let ours: Vec<Comparable> = ours.get(topic).unwrap_or(&none).iter().map(|it| comparable(it)).collect();
+        let ours: Vec<Comparable> = ours.get(topic).unwrap_or(&none).iter().filter(|it| !is_nudge(it)).map(|it| comparable(it)).collect();
         let theirs: Vec<Comparable> = theirs.get(topic).unwrap_or(&none).iter().map(|it| as_we_write(comparable(it))).collect();
         let what = first_difference(&ours, &theirs)?;
         Some(Difference { topic: topic.clone(), what })
@@ -40,7 +40,12 @@ pub(super) fn differences(ours: &Topics, theirs: &Topics) -> Vec<Difference> {
 /// Both read the same WAL, so LSNs, transaction ids and commit times are equal; only a snapshot is each engine's own.
 fn comparable(written: &Written) -> Comparable {
     let value = written.value.as_deref().map(|value| {
-        let value = without_version(&without_times(value));
+        let value = without_messages(without_version(&without_times(value)))
+            .replace("\"event_count\":1,\"data_collections\":[]", "\"event_count\":0,\"data_collections\":[]");
+        let value = match value.strip_prefix("{\"op\":\"m\",\"ts_ms\":") {
+            Some(rest) => rest.trim_start_matches(|it: char| it.is_ascii_digit()).to_owned(),
+            None => value,
+        };
         if value.contains("\"op\":\"r\"") { masked(&value) } else { value }
     });
     let header = |(name, value): &(String, String)| match name.ends_with(".runId") {
@@ -48,6 +53,20 @@ fn comparable(written: &Written) -> Comparable {
         false => (name.clone(), value.clone()),
     };
     (written.key.clone(), value, written.headers.iter().map(header).collect())
+}
+
+/// What moves the slot of a connector that sees nothing else: of no transaction of ours, and not for Debezium's own topic.
+fn is_nudge(written: &Written) -> bool {
+    written.key.as_deref() == Some("{\"prefix\":\"ledgerline.heartbeat\"}")
+}
+
+/// An END of Debezium's counts logical messages under the address of a Java object; ours as events alone.
+fn without_messages(value: String) -> String {
+    const HEAD: &str = "{\"data_collection\":\"io.debezium.connector.postgresql.LogicalDecodingMessageMonitor";
+    let Some(at) = value.find(HEAD) else { return value };
+    let end = value[at..].find('}').map_or(value.len(), |it| at + it + 1);
+    let left = format!("{}{}", &value[..at], &value[end..]);
+    left.replace(",]", "]").replace("[,", "[").replace(",,", ",")
 }
 
 fn without_version(value: &str) -> String {
