@@ -40,8 +40,8 @@ pub(super) fn differences(ours: &Topics, theirs: &Topics) -> Vec<Difference> {
 /// Both read the same WAL, so LSNs, transaction ids and commit times are equal; only a snapshot is each engine's own.
 fn comparable(written: &Written) -> Comparable {
     let value = written.value.as_deref().map(|value| {
-        let value = without_messages(without_version(&without_times(value)))
-            .replace("\"event_count\":1,\"data_collections\":[]", "\"event_count\":0,\"data_collections\":[]");
+        let value =
+            in_order(without_version(&without_times(value))).replace("\"event_count\":1,\"data_collections\":[]", "\"event_count\":0,\"data_collections\":[]");
         let value = match value.strip_prefix("{\"op\":\"m\",\"ts_ms\":") {
             Some(rest) => rest.trim_start_matches(|it: char| it.is_ascii_digit()).to_owned(),
             None => value,
@@ -58,6 +58,17 @@ fn comparable(written: &Written) -> Comparable {
 /// What moves the slot of a connector that sees nothing else: of no transaction of ours, and not for Debezium's own topic.
 fn is_nudge(written: &Written) -> bool {
     written.key.as_deref() == Some("{\"prefix\":\"ledgerline.heartbeat\"}")
+}
+
+/// The tables of an END, which Debezium has in the order of Java's hashes.
+fn in_order(value: String) -> String {
+    let value = without_messages(value);
+    const HEAD: &str = "\"data_collections\":[";
+    let Some(at) = value.find(HEAD).map(|it| it + HEAD.len()) else { return value };
+    let end = value[at..].find("}]").map_or(at, |it| at + it + 1);
+    let mut tables: Vec<&str> = value[at..end].split_inclusive('}').map(|it| it.trim_start_matches(',')).collect();
+    tables.sort_unstable();
+    format!("{}{}{}", &value[..at], tables.join(","), &value[end..])
 }
 
 /// An END of Debezium's counts logical messages under the address of a Java object; ours as events alone.
