@@ -231,11 +231,15 @@ pub(super) async fn describe_relation(
 /// The columns of a primary key and their places in it.
 pub(super) type KeyNames = HashMap<String, i16>;
 
+/// The key of a table without a primary key is that of its first unique index, as JDBC lists them and Debezium takes it.
 async fn columns(connection: &mut PgConnection, relation: u32) -> Result<Vec<CatalogColumn>, Error> {
     const COLUMNS: &str = "select a.attname::text, a.atttypid, a.atttypmod, a.attnotnull, k.place::int2
         from pg_attribute a
-        left join (select u.attnum, u.place from pg_index i, unnest(i.indkey::int2[]) with ordinality u(attnum, place)
-                   where i.indrelid = $1 and i.indisprimary and u.place <= i.indnkeyatts) k on k.attnum = a.attnum
+        left join (select u.attnum, u.place
+                   from (select i.* from pg_index i join pg_class c on c.oid = i.indexrelid where i.indrelid = $1 and i.indisunique and i.indisvalid
+                         order by i.indisprimary desc, i.indisclustered desc, c.relname limit 1) i,
+                        unnest(i.indkey::int2[]) with ordinality u(attnum, place)
+                   where u.place <= i.indnkeyatts) k on k.attnum = a.attnum
         where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped order by a.attnum";
     let rows: Vec<(String, sqlx::postgres::types::Oid, i32, bool, Option<i16>)> = sqlx::query_as(COLUMNS)
         .bind(sqlx::postgres::types::Oid(relation))

@@ -57,6 +57,48 @@ fn are_plain(bytes: &[u8; 8]) -> bool {
     below(word, 0x20) | equal(b'"') | equal(b'\\') | four_byte_lead == 0
 }
 
+/// A quoted string of a JSON text that is a string itself: what lies beyond the basic plane is escaped there.
+pub(super) fn string_within(out: &mut Vec<u8>, text: &str) {
+    out.push(b'"');
+    for part in text.split_inclusive(|it| it > '\u{ffff}') {
+        let basic = part.trim_end_matches(|it| it > '\u{ffff}');
+        escaped(out, basic);
+        out.extend_from_slice(&part.as_bytes()[basic.len()..]);
+    }
+    out.push(b'"');
+}
+
+/// JSON as Kafka Connect's `SimpleHeaderConverter` writes it: only quotes and backslashes are escaped.
+pub(super) fn as_header(json: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(json.len());
+    let mut rest = json;
+    while let Some(at) = rest.iter().position(|it| *it == b'\\') {
+        out.extend_from_slice(&rest[..at]);
+        let hex = |from: usize| {
+            let digits = rest.get(from..from + 4).and_then(|it| std::str::from_utf8(it).ok());
+            digits.and_then(|it| u16::from_str_radix(it, 16).ok()).unwrap_or_default()
+        };
+        let mut length = 2;
+        match rest.get(at + 1) {
+            Some(b'n') => out.push(b'\n'),
+            Some(b'r') => out.push(b'\r'),
+            Some(b't') => out.push(b'\t'),
+            Some(b'b') => out.push(0x08),
+            Some(b'f') => out.push(0x0C),
+            Some(b'u') => {
+                let units = [hex(at + 2), hex(at + 8)];
+                let is_pair = (0xD800..0xDC00).contains(&units[0]);
+                length = if is_pair { 12 } else { 6 };
+                out.extend_from_slice(String::from_utf16_lossy(&units[..length / 6]).as_bytes());
+            }
+            _ => out.extend_from_slice(&rest[at..(at + 2).min(rest.len())]),
+        }
+        rest = rest.get(at + length..).unwrap_or_default();
+    }
+    out.extend_from_slice(rest);
+    out
+}
+
 fn unicode(out: &mut Vec<u8>, unit: u16) {
     const HEX: &[u8; 16] = b"0123456789ABCDEF";
     out.extend_from_slice(b"\\u");
@@ -182,6 +224,13 @@ mod tests {
                 assert_eq!(written(|out| string(out, &format!("{before}{special}{after}"))), format!("\"{before}{escaped}{after}\""));
             }
         }
+    }
+
+    #[test]
+    fn headers_escape_quotes_and_backslashes_only() {
+        let key = written(|out| string(out, "a\"b\\c\n\u{1}é😀"));
+        assert_eq!(String::from_utf8(as_header(key.as_bytes())).expect("UTF-8"), "\"a\\\"b\\\\c\n\u{1}é😀\"");
+        assert_eq!(written(|out| string_within(out, "x😀\"y😀")), "\"x😀\\\"y😀\"");
     }
 
     #[test]

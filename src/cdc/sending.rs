@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     envelope::{Envelope, Origin, Table, since_1970},
     error::{Error, Poison},
+    json,
     pgoutput::{Old, Tuple},
 };
 use crate::stream::producer::{Headers, Outgoing, Producer, Receipt};
@@ -73,8 +74,8 @@ impl Wire<'_> {
         (deleted, created): (&Origin, &Origin),
     ) -> Result<Result<Flow, (Poison, Sent)>, Error> {
         // The update that turned out to be a move left both keys behind.
-        let to_new = Headers::of("__debezium.newkey", &envelope.key).and_all(self.context);
-        let from_old = Headers::of("__debezium.oldkey", &envelope.old_key).and_all(self.context);
+        let to_new = Headers::of("__debezium.newkey", &json::as_header(&envelope.key)).and_all(self.context);
+        let from_old = Headers::of("__debezium.oldkey", &json::as_header(&envelope.old_key)).and_all(self.context);
         if let Err(poison) = envelope.write_delete(table, old, deleted, self.now) {
             return Ok(Err((poison, Sent::Nothing)));
         }

@@ -48,7 +48,9 @@ pub(super) enum Kind {
     One(Scalar),
     /// With what stands for an array that the stream left out.
     Array(Scalar, Unavailable),
-    /// Always null: Debezium has a field for such a column, and no value.
+    /// Debezium has a field for such a column, and reads no element of it: null, unless all elements are.
+    Empty,
+    /// Always null.
     Null,
     /// No field: Debezium does not know the type (`include.unknown.datatypes=false`).
     Omitted,
@@ -84,7 +86,6 @@ const TYPES: &[(u32, u32, Scalar, Unavailable)] = &[
     (18, 1002, Scalar::Text, Unavailable::Null),
     (25, 1009, Scalar::Text, Unavailable::Text),
     (114, 199, Scalar::Text, Unavailable::Text),
-    (142, 143, Scalar::Text, Unavailable::Null),
     (650, 651, Scalar::Text, Unavailable::Null),
     (774, 775, Scalar::Text, Unavailable::Null),
     (829, 1040, Scalar::Text, Unavailable::Null),
@@ -104,18 +105,20 @@ const TYPES: &[(u32, u32, Scalar, Unavailable)] = &[
 
 /// Type, its array type, how one is written, and what Debezium makes of arrays of it.
 const ALONE: &[(u32, u32, Scalar, Kind)] = &[
+    (19, 1003, Scalar::Text, Kind::Omitted),
+    (142, 143, Scalar::Text, Kind::Omitted),
     (790, 791, Scalar::Money, Kind::Omitted),
     (1186, 1187, Scalar::Interval, Kind::Omitted),
     (1560, 1561, Scalar::Bits, Kind::Null),
     (1562, 1563, Scalar::Bits, Kind::Omitted),
-    (3614, 3643, Scalar::Text, Kind::Null),
+    (3614, 3643, Scalar::Text, Kind::Empty),
     (600, 1017, Scalar::Shape(Shape::Point), Kind::Omitted),
-    (628, 629, Scalar::Shape(Shape::Line), Kind::Null),
-    (601, 1018, Scalar::Shape(Shape::Segment), Kind::Null),
-    (603, 1020, Scalar::Shape(Shape::Box), Kind::Null),
-    (602, 1019, Scalar::Shape(Shape::Path), Kind::Null),
-    (604, 1027, Scalar::Shape(Shape::Polygon), Kind::Null),
-    (718, 719, Scalar::Shape(Shape::Circle), Kind::Null),
+    (628, 629, Scalar::Shape(Shape::Line), Kind::Empty),
+    (601, 1018, Scalar::Shape(Shape::Segment), Kind::Empty),
+    (603, 1020, Scalar::Shape(Shape::Box), Kind::Empty),
+    (602, 1019, Scalar::Shape(Shape::Path), Kind::Empty),
+    (604, 1027, Scalar::Shape(Shape::Polygon), Kind::Empty),
+    (718, 719, Scalar::Shape(Shape::Circle), Kind::Empty),
 ];
 
 /// How a built-in type is written; None for types made by `CREATE TYPE` or an extension, and those Debezium does not know.
@@ -137,10 +140,11 @@ pub(super) fn made(name: &str, is_enum: bool, in_array: bool) -> Kind {
         _ if is_enum => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
         "hstore" => (Scalar::Hstore, Kind::Array(Scalar::Hstore, Unavailable::Null)),
         "citext" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
-        "ltree" | "isbn" | "isbn13" | "issn" | "issn13" | "ismn" | "ismn13" | "ean13" | "upc" => (Scalar::Text, Kind::Null),
+        "ltree" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
+        "isbn" | "isbn13" | "issn" | "issn13" | "ismn" | "ismn13" | "ean13" | "upc" => (Scalar::Text, Kind::Empty),
         // PostGIS: its own text.
         "geometry" | "geography" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
-        // Composite types, ranges of somebody's own, and of the built-in ones `name`, `xid`, `pg_lsn`, multiranges and the like.
+        // Composite types, ranges of somebody's own, and of the built-in ones `xid`, `pg_lsn`, multiranges and the like.
         _ => return Kind::Omitted,
     };
     if in_array { of_arrays } else { Kind::One(scalar) }
@@ -166,7 +170,8 @@ impl Kind {
         match self {
             Self::One(scalar) => scalar.write(out, text),
             Self::Array(scalar, _) => array(out, text, scalar),
-            Self::Null | Self::Omitted => {
+            Self::Empty if text.split(['{', '}', ',']).all(|it| matches!(it, "" | "NULL")) => array(out, text, Scalar::Text),
+            Self::Empty | Self::Null | Self::Omitted => {
                 out.extend_from_slice(b"null");
                 Ok(())
             }
@@ -179,7 +184,9 @@ impl Kind {
         const UUID: &[u8] = b"[\"b68a35a7-17ad-35b3-af2a-ae46edb4545a\"]";
         match self {
             Self::One(Scalar::Bytes) => json::base64(out, UNAVAILABLE.bytes()),
-            Self::One(Scalar::Bits | Scalar::Shape(_)) | Self::Array(_, Unavailable::Null) | Self::Null | Self::Omitted => out.extend_from_slice(b"null"),
+            Self::One(Scalar::Bits | Scalar::Shape(_)) | Self::Array(_, Unavailable::Null) | Self::Empty | Self::Null | Self::Omitted => {
+                out.extend_from_slice(b"null")
+            }
             Self::One(Scalar::Hstore) => json::string(out, &format!("{{\"{UNAVAILABLE}\":\"{UNAVAILABLE}\"}}")),
             Self::One(_) => json::string(out, UNAVAILABLE),
             Self::Array(_, Unavailable::Uuid) => out.extend_from_slice(UUID),
@@ -205,7 +212,7 @@ impl Kind {
     pub(super) fn write_absent(self, out: &mut Vec<u8>) {
         let text: &[u8] = match self {
             Self::Null | Self::Omitted => b"null",
-            Self::Array(..) => b"[]",
+            Self::Array(..) | Self::Empty => b"[]",
             Self::One(Scalar::Boolean | Scalar::Bit) => b"false",
             Self::One(Scalar::Float | Scalar::Double) => b"0.0",
             Self::One(Scalar::TimestampWithZone(_)) => b"\"1970-01-01T00:00:00.000000Z\"",
@@ -297,7 +304,7 @@ fn hstore(out: &mut Vec<u8>, text: &str) -> Result<(), NotA> {
         if object.len() > 1 {
             object.push(b',');
         }
-        json::string(&mut object, &key);
+        json::string_within(&mut object, &key);
         object.push(b':');
         let after = match after.strip_prefix("NULL") {
             Some(after) => {
@@ -306,7 +313,7 @@ fn hstore(out: &mut Vec<u8>, text: &str) -> Result<(), NotA> {
             }
             None => {
                 let (value, after) = quoted(after).ok_or(NotA("an hstore"))?;
-                json::string(&mut object, &value);
+                json::string_within(&mut object, &value);
                 after
             }
         };
@@ -414,6 +421,74 @@ mod tests {
         ] {
             assert_eq!(shown(type_oid, modifier, text), json, "type {type_oid}");
         }
+    }
+
+    /// Type as the table names it, its id, and the modifier its text stands for.
+    const DOCUMENTED: [(&str, u32, i32); 48] = [
+        ("smallint", 21, -1),
+        ("integer", 23, -1),
+        ("bigint", 20, -1),
+        ("oid", 26, -1),
+        ("boolean", 16, -1),
+        ("real", 700, -1),
+        ("double precision", 701, -1),
+        ("numeric", 1700, -1),
+        ("money", 790, -1),
+        ("text", 25, -1),
+        ("varchar", 1043, -1),
+        ("char(4)", 1042, 8),
+        ("\"char\"", 18, -1),
+        ("name", 19, -1),
+        ("bytea", 17, -1),
+        ("uuid", 2950, -1),
+        ("date", 1082, -1),
+        ("time", 1083, -1),
+        ("time(3)", 1083, 3),
+        ("timetz", 1266, -1),
+        ("timestamp", 1114, -1),
+        ("timestamp(3)", 1114, 3),
+        ("timestamptz", 1184, -1),
+        ("timestamptz(2)", 1184, 2),
+        ("interval", 1186, -1),
+        ("bit(1)", 1560, 1),
+        ("bit(8)", 1560, 8),
+        ("bit varying", 1562, -1),
+        ("json", 114, -1),
+        ("jsonb", 3802, -1),
+        ("xml", 142, -1),
+        ("inet", 869, -1),
+        ("cidr", 650, -1),
+        ("macaddr", 829, -1),
+        ("macaddr8", 774, -1),
+        ("tsvector", 3614, -1),
+        ("int4range", 3904, -1),
+        ("numrange", 3906, -1),
+        ("daterange", 3912, -1),
+        ("point", 600, -1),
+        ("line", 628, -1),
+        ("lseg", 601, -1),
+        ("circle", 718, -1),
+        ("integer[]", 1007, -1),
+        ("text[]", 1009, -1),
+        ("timestamptz[]", 1185, -1),
+        ("circle[]", 719, -1),
+        ("bit(3)[]", 1561, 3),
+    ];
+
+    #[test]
+    fn the_table_of_types_shows_what_is_written() {
+        let table = include_str!("../../assets/cdc-types.md");
+        let code = |cell: &'static str| cell.strip_prefix('`').and_then(|it| it.strip_suffix('`')).expect("code");
+        let rows: Vec<Vec<&str>> =
+            table.lines().filter(|it| it.starts_with("| `")).map(|it| it.trim_matches('|').split('|').map(str::trim).collect()).collect();
+        let mut shown_types = 0;
+        for row in rows.iter().filter(|it| it.len() == 5) {
+            let (name, text, json) = (row[0].split("`, `").next().unwrap_or_default().trim_matches('`'), code(row[3]), code(row[4]));
+            let (_, type_oid, modifier) = DOCUMENTED.iter().find(|it| it.0 == name).unwrap_or_else(|| panic!("{name} is not among those that are checked"));
+            assert_eq!(shown(*type_oid, *modifier, text), json, "{name}");
+            shown_types += 1;
+        }
+        assert_eq!(shown_types, DOCUMENTED.len(), "each is in the table");
     }
 
     #[test]

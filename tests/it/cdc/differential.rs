@@ -18,8 +18,8 @@ use std::fmt::Write as _;
 use self::{case::Case, compare::Difference};
 
 /// Seeds of one run of both engines: each is some topics, and a start of the engines takes seconds.
-const BATCH: usize = 50;
-const SEEDS_BY_DEFAULT: u64 = 40;
+const BATCH: usize = 20;
+const SEEDS_BY_DEFAULT: u64 = 20;
 /// So many are shrunk; the others are only named.
 const SHRUNK_MAX: usize = 6;
 

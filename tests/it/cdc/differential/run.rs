@@ -9,6 +9,7 @@ use ledgerline::{
     cdc::{self, Config, Stats, Step},
     change::Lsn,
     fault::{Diagnose as _, Fault},
+    secret::Secret,
     units::Span,
 };
 use rdkafka::{
@@ -61,6 +62,8 @@ struct Engine {
     capture: Option<Capture>,
     config: Config,
     kafka: String,
+    source: Secret,
+    removed: bool,
 }
 
 pub(super) fn schema(place: usize) -> String {
@@ -88,21 +91,35 @@ pub(super) async fn both(cases: &[Case]) -> Outcome {
 
     let mut native = Engine::start(&database, &kafka, config(&database), "n");
     let mut debezium = Engine::start(&database, &kafka, on_connect(&database), "d");
-    for engine in [&mut native, &mut debezium] {
-        engine.streaming(&database).await;
-    }
+    native.streaming(&database).await;
+    // Debezium tells no position behind its snapshot before something happened there, with heartbeats as rare as these.
+    debezium.began(&database, &mut connection).await;
+    let begin = sentinel(&mut connection).await;
+    confirmed(&mut connection, &debezium, begin).await;
     let n_phases = cases.iter().map(|it| it.phases.len()).max().unwrap_or(0);
     for at in 1..n_phases {
         phase(&mut connection, cases, at, &mut done).await;
         let end = sentinel(&mut connection).await;
         for engine in [&native, &debezium] {
-            engine.until("all of a phase", |it| it.confirmed_lsn > end).await;
+            confirmed(&mut connection, engine, end).await;
         }
     }
     let (ours, theirs) = (native.written(), debezium.written());
     native.stop(&database).await;
     debezium.stop(&database).await;
     Outcome { ours, theirs, done }
+}
+
+/// Waits until the engine has told its slot that the broker has all before that place.
+async fn confirmed(connection: &mut PgConnection, engine: &Engine, end: Lsn) {
+    const CONFIRMED: &str = "select coalesce((confirmed_flush_lsn - '0/0')::bigint, 0) from pg_replication_slots where slot_name = $1";
+    let deadline = Instant::now() + PATIENCE;
+    let end = i64::try_from(end.0).expect("a position");
+    while sqlx::query_scalar::<_, i64>(CONFIRMED).bind(&engine.config.slot).fetch_one(&mut *connection).await.expect("an answer") <= end {
+        let stats = engine.running().handle.stats.borrow().clone();
+        assert!(Instant::now() < deadline, "{} does not get on: {stats:?}", engine.config.engine.as_str());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// A place in the WAL which only a commit behind everything so far lies behind.
@@ -165,31 +182,43 @@ impl Engine {
         let tables = vec!["case*.*".to_owned()];
         let config = Config { topic_prefix: name.clone(), slot: name.clone(), publication: name, tables, heartbeat, ..config };
         let capture = Some(Capture::start(database, kafka.to_owned(), config.clone()));
-        Self { capture, config, kafka: kafka.to_owned() }
+        Self { capture, config, kafka: kafka.to_owned(), source: database.url.clone(), removed: false }
     }
 
-    /// A broker that has just been given hundreds of topics may not know yet who leads them: as for the pipeline, that is a start again.
-    async fn streaming(&mut self, database: &Database) {
+    /// What is written from now on it will see as a change.
+    async fn began(&mut self, database: &Database, connection: &mut PgConnection) {
+        const BEGAN: &str = "select exists (select from pg_replication_slots where slot_name = $1 and confirmed_flush_lsn is not null)";
         let deadline = Instant::now() + PATIENCE;
-        loop {
-            let capture = self.capture.as_ref().expect("it runs");
-            let mut stats = capture.handle.stats.clone();
-            let waiting = tokio::time::timeout_at(deadline.into(), stats.wait_for(|it| it.step == Step::Streaming)).await.expect("in time").is_ok();
-            if waiting {
-                return;
+        while !sqlx::query_scalar::<_, bool>(BEGAN).bind(&self.config.slot).fetch_one(&mut *connection).await.expect("an answer") {
+            assert!(Instant::now() < deadline, "{} has no slot yet", self.config.engine.as_str());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            if self.running().handle.stats.has_changed().is_err() {
+                self.start_again(database).await;
             }
-            let error = self.capture.take().expect("it ran").ended().await.expect_err("it was not told to end");
-            assert!(matches!(error.fault(), Fault::Transient), "{}", ledgerline::fault::chain(&error));
-            self.capture = Some(Capture::start(database, self.kafka.clone(), self.config.clone()));
         }
     }
 
-    /// With the patience that a worker's start takes.
-    async fn until(&self, what: &str, reached: impl FnMut(&Stats) -> bool) {
-        let engine = self.config.engine.as_str();
-        let mut stats = self.capture.as_ref().expect("it runs").handle.stats.clone();
-        let waited = tokio::time::timeout(PATIENCE, stats.wait_for(reached)).await.unwrap_or_else(|_| panic!("{engine}, {what}: still not so"));
-        waited.unwrap_or_else(|_| panic!("{engine}, {what}: the capture ended"));
+    async fn streaming(&mut self, database: &Database) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut stats = self.running().handle.stats.clone();
+            let waiting = tokio::time::timeout_at(deadline.into(), stats.wait_for(|it| it.step == Step::Streaming)).await;
+            if waiting.unwrap_or_else(|_| panic!("{} does not stream yet: {:?}", self.config.engine.as_str(), *self.running().handle.stats.borrow())).is_ok() {
+                return;
+            }
+            self.start_again(database).await;
+        }
+    }
+
+    fn running(&self) -> &Capture {
+        self.capture.as_ref().expect("it runs")
+    }
+
+    /// A broker that has just been given hundreds of topics may not know yet who leads them: as for the pipeline, that is a start again.
+    async fn start_again(&mut self, database: &Database) {
+        let error = self.capture.take().expect("it ran").ended().await.expect_err("it was not told to end");
+        assert!(matches!(error.fault(), Fault::Transient), "{}", ledgerline::fault::chain(&error));
+        self.capture = Some(Capture::start(database, self.kafka.clone(), self.config.clone()));
     }
 
     async fn stop(&mut self, database: &Database) {
@@ -197,6 +226,7 @@ impl Engine {
             capture.stop().await;
         }
         cdc::remove(&database.url, &self.config, false).await.expect("removed");
+        self.removed = true;
     }
 
     /// Everything on its topics. What was acknowledged before the call is in it.
@@ -242,6 +272,12 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
+        // A connector that a failed test leaves behind would look for its database for ever.
+        if !self.removed
+            && let Err(error) = lane::wait_for(cdc::remove(&self.source, &self.config, false))
+        {
+            eprintln!("{} stays behind: {error}", self.config.topic_prefix);
+        }
         lane::remove_topics(&self.kafka, &self.config.topic_prefix);
     }
 }

@@ -10,7 +10,7 @@ use super::{
 
 type Failing = (Case, Vec<Difference>);
 
-const CASES_BY_ROUND: usize = 60;
+const CASES_BY_ROUND: usize = 20;
 const ROUNDS_MAX: usize = 14;
 
 struct Shrinking {
