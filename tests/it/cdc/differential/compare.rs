@@ -29,7 +29,7 @@ pub(super) fn differences(ours: &Topics, theirs: &Topics) -> Vec<Difference> {
     topics.dedup();
     let none = Vec::new();
     let difference = |topic: &String| {
-        let ours: Vec<Comparable> = ours.get(topic).unwrap_or(&none).iter().filter(|it| !is_nudge(it)).map(|it| comparable(it)).collect();
+        let ours: Vec<Comparable> = ours.get(topic).unwrap_or(&none).iter().filter(|it| !is_nudge(it)).map(comparable).collect();
         let theirs: Vec<Comparable> = theirs.get(topic).unwrap_or(&none).iter().map(|it| as_we_write(comparable(it))).collect();
         let what = first_difference(&ours, &theirs)?;
         Some(Difference { topic: topic.clone(), what })

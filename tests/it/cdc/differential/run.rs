@@ -6,7 +6,7 @@ use std::{
 };
 
 use ledgerline::{
-    cdc::{self, Config, Stats, Step},
+    cdc::{self, Config, Step},
     change::Lsn,
     fault::{Diagnose as _, Fault},
     secret::Secret,
