@@ -137,7 +137,7 @@ impl Topics {
         Ok(Self { access, consumer: Arc::new(Asking(Some(consumer))) })
     }
 
-    /// Creates the missing ones; those that exist stay as they are.
+    /// Creates the missing ones, and waits until they are served; those that exist stay as they are.
     pub async fn ensure(&self, wanted: Vec<Wanted>) -> Result<(), Error> {
         let existing = self.partitions().await?;
         let missing: Vec<&Wanted> = wanted.iter().filter(|it| !existing.iter().any(|(topic, _)| *topic == it.topic)).collect();
@@ -159,7 +159,35 @@ impl Topics {
                 Err((topic, code)) => return Err(Error::Create { topic, code }),
             }
         }
+        self.until_served(missing.iter().map(|it| it.topic.clone()).collect()).await
+    }
+
+    /// A topic is made before every broker knows it and its leader answers for it: who asked at once how far it reaches would not hear
+    /// of it. After a while whoever needs it hears why it is not served.
+    async fn until_served(&self, topics: Vec<String>) -> Result<(), Error> {
+        let since = Instant::now();
+        while !self.are_served(topics.clone()).await? && since.elapsed() < ANSWER_MAX {
+            tokio::time::sleep(LISTEN).await;
+        }
         Ok(())
+    }
+
+    async fn are_served(&self, topics: Vec<String>) -> Result<bool, Error> {
+        self.ask(move |consumer| {
+            let metadata = consumer.fetch_metadata(None, ANSWER_MAX)?;
+            for topic in topics {
+                let Some(known) = metadata.topics().iter().find(|it| it.name() == topic && it.error().is_none()) else { return Ok(false) };
+                for partition in known.partitions() {
+                    match consumer.fetch_watermarks(&topic, partition.id(), ANSWER_MAX).map_err(|error| error.rdkafka_error_code()) {
+                        Ok(_) => {}
+                        Err(Some(RDKafkaErrorCode::TopicAuthorizationFailed)) => return Ok(true),
+                        Err(_) => return Ok(false),
+                    }
+                }
+            }
+            Ok(true)
+        })
+        .await
     }
 
     /// The largest batch that each of these topics takes. Where the broker does not say, what Kafka takes by default.
