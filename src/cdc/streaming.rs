@@ -3,6 +3,7 @@
 //! Owns everything that exists only while the stream flows: the transaction being received, the tables as the stream
 //! described them, and the ledger of what is not yet acknowledged.
 
+mod filter;
 mod window;
 
 use std::{
@@ -16,9 +17,9 @@ use pgwire_replication::ReplicationEvent;
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
+pub(super) use self::filter::Filter;
 use self::window::{Passed, Window};
 use super::{
-    Config,
     boundaries::{self, Transaction},
     catalog::{self, KeyNames},
     dead_letter,
@@ -50,38 +51,6 @@ const POSITION_INTERVAL: Duration = Duration::from_secs(1);
 const DESCRIBED_MAX: Duration = Duration::from_secs(30);
 /// When all is acknowledged and only other tables' WAL moves, the slot follows this fast.
 const POSITION_INTERVAL_IDLE: Duration = Duration::from_millis(250);
-
-/// Which tables of the stream become events: a publication of somebody's own may hold more.
-#[derive(Debug)]
-pub(super) struct Filter {
-    tables: Vec<String>,
-    exclude: Vec<String>,
-    left_out: Vec<String>,
-    /// Those that were left out until their rows from before were read.
-    admitted: Vec<String>,
-}
-
-impl Filter {
-    /// Those that the configuration names, but for those that are left out.
-    pub(super) fn new(config: &Config, left_out: &[String]) -> Self {
-        Self { tables: config.tables.clone(), exclude: config.tables_exclude.clone(), left_out: left_out.to_vec(), admitted: Vec::new() }
-    }
-
-    fn names(&self, table: &TableId) -> bool {
-        catalog::is_wanted(&self.tables, &self.exclude, table)
-    }
-
-    fn leaves_out(&self, table: &TableId) -> bool {
-        let name = table.to_string();
-        self.left_out.contains(&name) && !self.admitted.contains(&name)
-    }
-
-    fn admit(&mut self, table: &str) {
-        if self.left_out.iter().any(|it| it == table) && !self.admitted.iter().any(|it| it == table) {
-            self.admitted.push(table.to_owned());
-        }
-    }
-}
 
 /// What the streaming is told once.
 pub(super) struct Setup {
@@ -199,7 +168,7 @@ impl Streaming {
 
     /// These tables turned out to have rows from before they could be captured.
     pub(super) fn leave_out(&mut self, tables: &[String]) {
-        self.setup.filter.left_out = tables.to_vec();
+        self.setup.filter.leave_out(tables);
     }
 
     /// The events that follow came now.
@@ -343,7 +312,7 @@ impl Streaming {
     }
 
     async fn row(&mut self, lsn: Lsn, data: &[u8], relation: u32, row: Row<'_>, stats: &mut Stats) -> Result<Flow, Error> {
-        if !self.foreign.is_empty() && self.foreign.contains(&relation) {
+        if self.foreign.contains(&relation) {
             return Ok(Flow::On);
         }
         if let Flow::Stopped = self.begin(lsn).await? {

@@ -10,7 +10,6 @@ use std::{
 use ledgerline::{
     cdc::{self, Config, Stats},
     change::Lsn,
-    embedded::kafka,
     secret::Secret,
     stage::{self, Handle, Phase},
     stream,
@@ -25,11 +24,10 @@ use rdkafka::{
     producer::DefaultProducerContext,
 };
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
-use tempfile::TempDir;
 use tokio::{runtime::Runtime, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use crate::lane::{self, stack};
+use crate::lane::{self, Stream};
 
 /// Far longer than anything here takes: a test that waits longer fails.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
@@ -145,40 +143,40 @@ pub(super) struct Broker {
 }
 
 enum Kind {
-    Embedded(#[expect(dead_code, reason = "held until the test ends")] Embedded),
-    /// Shared: a test removes its topics.
-    Stack,
+    Served(#[expect(dead_code, reason = "held until the test ends")] Served),
     /// Cannot create topics on request, so tests make theirs first. Nor does it say what its topics take, and a capture waits for
     /// the answer: only for tests that want it away or slow.
     Mock(MockCluster<'static, DefaultProducerContext>),
 }
 
-/// Our broker, on a runtime of its own: it serves while a test blocks.
-struct Embedded {
-    running: Option<(kafka::Broker, Runtime)>,
-    _dir: TempDir,
-}
+/// The broker of this run on a runtime of its own: it serves while a test blocks.
+struct Served(Option<(Stream, Runtime)>);
 
-impl Embedded {
-    fn start() -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let config = crate::kafka::small(dir.path());
+impl Served {
+    fn start(prefix: String) -> Self {
         let start = move || {
             let runtime = Runtime::new().expect("a runtime");
-            (runtime.block_on(kafka::Broker::start(config)).expect("our broker starts"), runtime)
+            let mut stream = runtime.block_on(Stream::open());
+            stream.prefix = prefix;
+            (stream, runtime)
         };
-        Self { running: Some(std::thread::spawn(start).join().expect("our broker starts")), _dir: dir }
+        Self(Some(std::thread::spawn(start).join().expect("the broker starts")))
     }
 
     fn address(&self) -> String {
-        self.running.as_ref().expect("it runs").0.address()
+        self.0.as_ref().expect("it runs").0.address.clone()
     }
 }
 
-impl Drop for Embedded {
+impl Drop for Served {
     fn drop(&mut self) {
-        let Some((broker, runtime)) = self.running.take() else { return };
-        let _ = std::thread::spawn(move || runtime.block_on(broker.stop())).join();
+        let Some((mut stream, runtime)) = self.0.take() else { return };
+        let end = move || {
+            if stream.broker.is_some() {
+                runtime.block_on(stream.leave());
+            }
+        };
+        let _ = std::thread::spawn(end).join();
     }
 }
 
@@ -196,13 +194,8 @@ impl Broker {
     }
 
     pub(super) fn with_prefix(prefix: &str, tables: &[&str], partitions: i32) -> Self {
-        let broker = match stack() {
-            Some(stack) => Self::at(stack.kafka(), prefix, Kind::Stack),
-            None => {
-                let embedded = Embedded::start();
-                Self::at(embedded.address(), prefix, Kind::Embedded(embedded))
-            }
-        };
+        let served = Served::start(prefix.to_owned());
+        let broker = Self::at(served.address(), prefix, Kind::Served(served));
         broker.create(tables, partitions);
         broker
     }
@@ -310,14 +303,6 @@ impl Reader {
     }
 }
 
-impl Drop for Broker {
-    fn drop(&mut self) {
-        if matches!(self.kind, Kind::Stack) {
-            lane::remove_topics(&self.address, &self.prefix);
-        }
-    }
-}
-
 fn into_read(message: &rdkafka::message::BorrowedMessage<'_>) -> Read {
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("UTF-8");
     let headers = message.headers().into_iter().flat_map(|it| it.iter());
@@ -410,7 +395,7 @@ pub(super) fn config(database: &Database) -> Config {
 /// The same by Debezium, on the Kafka Connect of `tests/stack`, which resolves the reference to the source's password.
 #[cfg(feature = "stack")]
 pub(super) fn on_connect(database: &Database) -> Config {
-    let stack = stack().expect("the lane of the real servers");
+    let stack = lane::stack().expect("the lane of the real servers");
     Config { engine: cdc::Engine::Debezium, connect_url: stack.value("CDC__CONNECT_URL"), ..config(database) }
 }
 

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use ledgerline::{
-    cdc::{self, Config, Step},
+    cdc::{self, Config, SnapshotEnds, Step},
     fault::{Diagnose as _, Fault},
 };
 
@@ -22,13 +22,41 @@ async fn brisk_database(test: &str, limit: &str) -> Database {
     database
 }
 
+/// A capture that streams from its database through a network, to a broker beside it.
+struct Scene {
+    database: Database,
+    stream: Stream,
+    config: Config,
+    network: Network,
+    capture: Capture,
+}
+
+impl Scene {
+    async fn streaming(test: &str, limit: &str) -> Self {
+        let database = brisk_database(test, limit).await;
+        let (stream, config) = own_broker(&database).await;
+        let network = Network::to(port(&database)).await;
+        let capture = Capture::start_as(&network.url(&database.url), &database, stream.address.clone(), config.clone());
+        capture.until("streaming", |it| it.step == Step::Streaming).await;
+        Self { database, stream, config, network, capture }
+    }
+
+    async fn until_streaming_again(&self) {
+        self.capture.until("streaming again", |it| it.step == Step::Streaming && it.reconnects > 0).await;
+    }
+
+    /// The topic tells what the table holds.
+    async fn ends_whole(self) {
+        self.capture.drain(&self.database).await;
+        assert_eq!(replayed(&payments(&self.stream, &self.config)).0, held(&self.database).await);
+        self.capture.stop().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_a_firewall_forgets_are_given_up_though_both_ends_look_open() {
-    let database = brisk_database("forgotten", "5s").await;
-    let (stream, config) = own_broker(&database).await;
-    let network = Network::to(port(&database)).await;
-    let capture = Capture::start_as(&network.url(&database.url), &database, stream.address.clone(), config.clone());
-    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    let scene = Scene::streaming("forgotten", "5s").await;
+    let Scene { database, network, capture, .. } = &scene;
     let writer = write_payments(database.url.clone(), 1..2_000);
     capture.until("transactions", |it| it.transactions > 20).await;
 
@@ -36,37 +64,27 @@ async fn connections_that_a_firewall_forgets_are_given_up_though_both_ends_look_
     let waiting = capture.until("the loss is noticed", |it| it.reconnects > 0).await;
     let said = waiting.waiting_for.unwrap_or_default();
     assert!(said.contains("the network did not say"), "{said}");
-    capture.until("streaming again", |it| it.step == Step::Streaming && it.reconnects > 0).await;
+    scene.until_streaming_again().await;
 
     finish(writer).await;
-    capture.drain(&database).await;
-    assert_eq!(replayed(&payments(&stream, &config)).0, held(&database).await);
-    capture.stop().await;
+    scene.ends_whole().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_walsender_that_does_not_know_we_are_gone_is_told_so_and_the_slot_is_ours_again() {
     // For so long the server would keep the slot for the connection that is dead.
-    let database = brisk_database("held", "1h").await;
-    let (stream, config) = own_broker(&database).await;
-    let network = Network::to(port(&database)).await;
-    let capture = Capture::start_as(&network.url(&database.url), &database, stream.address.clone(), config.clone());
-    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    let scene = Scene::streaming("held", "1h").await;
+    let Scene { database, network, .. } = &scene;
     network.hang_up_on_clients();
     database.run("insert into payments values (1, 1.00, 'x');").await;
-    capture.until("streaming again", |it| it.step == Step::Streaming && it.reconnects > 0).await;
-    capture.drain(&database).await;
-    assert_eq!(replayed(&payments(&stream, &config)).0, held(&database).await);
-    capture.stop().await;
+    scene.until_streaming_again().await;
+    scene.ends_whole().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_network_to_postgresql_that_is_cut_without_a_word_is_noticed_and_nothing_is_lost() {
-    let database = brisk_database("silent", "5s").await;
-    let (stream, config) = own_broker(&database).await;
-    let network = Network::to(port(&database)).await;
-    let capture = Capture::start_as(&network.url(&database.url), &database, stream.address.clone(), config.clone());
-    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    let scene = Scene::streaming("silent", "5s").await;
+    let Scene { database, network, capture, .. } = &scene;
     let writer = write_payments(database.url.clone(), 1..2_000);
     // So it has heard, too, how long the server bears silence.
     capture.until("transactions", |it| it.transactions > 20 && it.slot.is_some()).await;
@@ -75,12 +93,10 @@ async fn a_network_to_postgresql_that_is_cut_without_a_word_is_noticed_and_nothi
     capture.until("the silence is noticed", |it| it.waiting_for.as_ref().is_some_and(|it| it.contains("silent for"))).await;
     network.forget();
     network.flow();
-    capture.until("streaming again", |it| it.step == Step::Streaming && it.reconnects > 0).await;
+    scene.until_streaming_again().await;
 
     finish(writer).await;
-    capture.drain(&database).await;
-    assert_eq!(replayed(&payments(&stream, &config)).0, held(&database).await);
-    capture.stop().await;
+    scene.ends_whole().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -110,13 +126,16 @@ async fn a_snapshot_that_a_cut_network_leaves_hanging_is_given_up_and_begun_agai
 }
 
 /// Waits until all rows from before are with the broker.
-pub(super) async fn until_read(database: &Database, config: &Config) {
+pub(super) async fn until_read(database: &Database, config: &Config) -> SnapshotEnds {
     let read = async {
-        while cdc::snapshot_ends(&database.url, &config.topic_prefix).await.expect("asked").is_none() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
+        loop {
+            match cdc::snapshot_ends(&database.url, &config.topic_prefix).await.expect("asked") {
+                Some(ends) => return ends,
+                None => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
         }
     };
-    tokio::time::timeout(PATIENCE, read).await.expect("the snapshot is finished");
+    tokio::time::timeout(PATIENCE, read).await.expect("the snapshot is finished")
 }
 
 /// Longer than the server bears silence, by the server's own clock: `LEDGERLINE_TEST_OUTAGE` for so many seconds.

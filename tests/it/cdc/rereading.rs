@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 use super::{
     days::{PAYMENTS, finish, held, parsed},
     house::{Broker, Capture, Database, Read, config},
+    networks::until_read,
 };
 
 const ROWS: i64 = 20_000;
@@ -220,15 +221,7 @@ async fn a_snapshot_that_was_cut_short_goes_on_without_losing_the_streams_place(
     database.run("update payments set amount = 2 where id = 5; delete from payments where id = 6; update public.fees set amount = '3.00' where id = 1;").await;
 
     let second = Capture::start(&database, broker.address(), config(&database));
-    let whole = async {
-        loop {
-            match cdc::snapshot_ends(&database.url, &database.name).await.expect("the state") {
-                Some(ends) => return ends,
-                None => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
-            }
-        }
-    };
-    let ends = tokio::time::timeout(super::house::PATIENCE, whole).await.expect("it comes to its end");
+    let ends = until_read(&database, &config(&database)).await;
     assert_eq!(i64::try_from(ends.lsn.0), Ok(began), "the same slot");
     second.drain(&database).await;
     second.stop().await;
