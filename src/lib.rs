@@ -16,6 +16,10 @@
 //! *stage* a long-lived task of ours · *room* a module of this tree · *DAG, task, run, try* as in Airflow · *model, snapshot,
 //! test* as in dbt.
 
+/// For the whole process, librdkafka's messages above all: they are made by one thread and freed by another, where glibc's takes locks.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 pub mod fault;
 pub mod latency;
 pub mod secret;

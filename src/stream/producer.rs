@@ -25,14 +25,16 @@ use tokio::sync::Notify;
 use super::{Access, Hearing, access};
 use crate::fault::{Diagnose, Fault};
 
-/// Bytes that may wait for the broker. With the message overhead it stays well below 64 MiB of memory.
-const QUEUE_KIB: usize = 32 * 1024;
-/// Messages that may wait for the broker; librdkafka keeps about 300 bytes for each beside its payload.
-const QUEUE_MESSAGES: usize = 50_000;
+/// Bytes that may wait for the broker: room for the largest message. With what else a message takes it stays below 64 MiB of memory.
+const QUEUE_KIB: usize = 24 * 1024;
+const _: () = assert!(QUEUE_KIB * 1024 > MESSAGE_BYTES_MAX, "a message that the queue never has room for would wait for ever");
+/// Messages that may wait for the broker; librdkafka keeps more than 500 bytes for each beside its payload. More of them are not faster
+/// (measured), and a broker that is away fills any queue.
+const QUEUE_MESSAGES: usize = 10_000;
 /// The largest message we send: a row before and after, as JSON. What is larger needs a person.
 pub const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Bytes of one batch before it is compressed, where the topics take that much; those that we make take a multiple of it.
-const BATCH_BYTES: usize = 4 * 1024 * 1024;
+const BATCH_BYTES: usize = 2 * 1024 * 1024;
 /// How long a full queue is waited for before looking again, should its wake-up be missed.
 const FULL_QUEUE_WAIT: Duration = Duration::from_millis(50);
 

@@ -1,0 +1,112 @@
+//! Debezium and our own engine: the same rows, the same backlog, the same broker, one after the other.
+//!
+//! Timed from outside, by the ends of the topics: from the first message that is there until the last one is. So neither the start
+//! of a connector nor that of ours counts.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use ledgerline::{
+    cdc::{self, Config, Step},
+    stage::Phase,
+};
+use rdkafka::{
+    ClientConfig,
+    consumer::{BaseConsumer, Consumer as _},
+};
+
+use crate::{
+    house::{Database, Engine, cpu_by_thread, cpu_since, micros_a_row, per_second},
+    snapshot,
+    streaming::{self, ROWS_PER_TRANSACTION},
+};
+
+const NAME: &str = "cdc_bench_debezium";
+const ROUNDS: usize = 2;
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+const ASK: Duration = Duration::from_secs(10);
+
+struct Runner {
+    engine: Engine,
+    config: Config,
+}
+
+pub(crate) async fn compare(rows: u64) -> anyhow::Result<()> {
+    let variable = |name: &str| std::env::var(name).with_context(|| format!("{name}: eval \"$(tests/stack/up postgres kafka connect)\" sets it"));
+    let broker = variable("LEDGERLINE__STREAM__BOOTSTRAP_SERVERS")?;
+    let connect_url = variable("LEDGERLINE__CDC__CONNECT_URL")?;
+    let ends: BaseConsumer = ClientConfig::new().set("bootstrap.servers", &broker).create()?;
+    let mut database = Database::create(NAME, streaming::SCHEMA).await?;
+    for statement in snapshot::schema(rows).split_inclusive(';') {
+        database.run(statement).await?;
+    }
+    let tables: Vec<&str> = streaming::TABLES.into_iter().chain([snapshot::TABLE]).collect();
+    let base = Config { connect_url, database_password: cdc::CLEAR_PASSWORD.to_owned(), ..database.config(&tables) };
+
+    let mut runners = Vec::new();
+    let mut took = Vec::new();
+    for engine in [cdc::Engine::Debezium, cdc::Engine::Native] {
+        let name = format!("{NAME}_{}_{}", engine.as_str(), std::process::id());
+        let config = Config { engine, slot: name.clone(), publication: name.clone(), topic_prefix: name, ..base.clone() };
+        let before = cpu_by_thread();
+        let runner = Runner { engine: Engine::start(&database, &broker, config.clone()), config };
+        let rate = watched(&ends, &runner.config, &[snapshot::TABLE], rows).await?;
+        println!("snapshot of {rows} rows, {}: {rate:.0} rows/s · CPU of this process {:.2} µs/row", engine.as_str(), micros_a_row(cpu_since(&before).0, rows));
+        took.push(rate);
+        runner.engine.until(|it| it.step == Step::Streaming).await?;
+        paused(&runner).await?;
+        runners.push(runner);
+    }
+    println!("snapshot of {rows} rows: ratio {:.2}", ratio(&took));
+    let transactions = rows / ROWS_PER_TRANSACTION;
+    for _ in 0..ROUNDS {
+        streaming::write(&mut database, &streaming::payments(transactions)).await?;
+        let mut took = Vec::new();
+        for runner in &runners {
+            runner.engine.handle.wanted.send_replace(Phase::Running);
+            took.push(watched(&ends, &runner.config, &streaming::TABLES, rows).await?);
+            paused(runner).await?;
+        }
+        let rates: Vec<String> = took.iter().map(|it| format!("{it:.0} rows/s")).collect();
+        println!("streaming, {transactions} transactions of {ROWS_PER_TRANSACTION} rows: Debezium, ours {} · ratio {:.2}", rates.join(", "), ratio(&took));
+    }
+    for Runner { engine, config } in runners {
+        engine.stop().await?;
+        cdc::remove(&database.url, &config, true).await?;
+    }
+    database.remove().await
+}
+
+async fn paused(runner: &Runner) -> anyhow::Result<()> {
+    runner.engine.handle.wanted.send_replace(Phase::Paused);
+    runner.engine.until(|it| it.phase == Phase::Paused).await.map(drop)
+}
+
+fn ratio(took: &[f64]) -> f64 {
+    took.last().zip(took.first()).map_or(0.0, |(ours, theirs)| ours / theirs)
+}
+
+/// Rows a second, once so many more are in the topics than now.
+async fn watched(ends: &BaseConsumer, config: &Config, tables: &[&str], rows: u64) -> anyhow::Result<f64> {
+    let before = told(ends, config, tables);
+    let mut first = None;
+    loop {
+        let arrived = told(ends, config, tables).saturating_sub(before);
+        let (start, already) = match (first, arrived) {
+            (_, 0) => (Instant::now(), 0),
+            (None, _) => *first.insert((Instant::now(), arrived)),
+            (Some(it), _) => it,
+        };
+        if arrived >= rows {
+            return Ok(per_second(rows - already, start.elapsed()));
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Messages in the topics; none where there is no topic yet.
+fn told(ends: &BaseConsumer, config: &Config, tables: &[&str]) -> u64 {
+    let topic = |table: &&str| format!("{}.public.{table}", config.topic_prefix);
+    let end = |table| ends.fetch_watermarks(&topic(table), 0, ASK).map_or(0, |it| u64::try_from(it.1).unwrap_or(0));
+    tables.iter().map(end).sum()
+}

@@ -1,0 +1,74 @@
+//! The first reading of a table, against a bare `COPY` of it.
+
+use std::time::{Duration, Instant};
+
+use futures_util::TryStreamExt as _;
+
+use crate::house::{Broker, Database, Engine, forget_peak_memory, micros_a_row, peak_memory_mib, per_second};
+
+const NAME: &str = "cdc_bench_snapshot";
+const ROUNDS: usize = 2;
+
+pub(crate) const TABLE: &str = "entries";
+
+/// Narrow: a key, a reference, an amount.
+pub(crate) fn schema(rows: u64) -> String {
+    format!(
+        "create table {TABLE} (id bigint primary key, account_id bigint not null, amount numeric(18,2) not null);
+         insert into {TABLE} select i, i % 1000, 12.34 from generate_series(1, {rows}) i;
+         vacuum analyze {TABLE};"
+    )
+}
+
+pub(crate) async fn compare(rows: u64) -> anyhow::Result<()> {
+    for _ in 0..ROUNDS {
+        let mut database = Database::create(NAME, "select 1").await?;
+        for statement in schema(rows).split_inclusive(';') {
+            database.run(statement).await?;
+        }
+        let broker = Broker::start()?;
+        let copied = copied(&mut database).await?;
+        let (read, cpu) = read(&database, &broker, rows).await?;
+        println!(
+            "snapshot, {rows} rows: COPY {:.0} rows/s · ours {:.0} rows/s · ratio {:.2} · CPU {:.2} µs/row · peak memory {} MiB",
+            per_second(rows, copied),
+            per_second(rows, read),
+            copied.as_secs_f64() / read.as_secs_f64(),
+            micros_a_row(cpu, rows),
+            peak_memory_mib(),
+        );
+        drop(broker);
+        database.remove().await?;
+    }
+    Ok(())
+}
+
+async fn copied(database: &mut Database) -> anyhow::Result<Duration> {
+    let start = Instant::now();
+    let mut lines = database.source.copy_out_raw(&format!("copy {TABLE} to stdout")).await?;
+    while lines.try_next().await?.is_some() {}
+    Ok(start.elapsed())
+}
+
+/// From the start of the engine until the broker has every row; and its CPU.
+async fn read(database: &Database, broker: &Broker, rows: u64) -> anyhow::Result<(Duration, Duration)> {
+    forget_peak_memory()?;
+    let (start, before) = (Instant::now(), process_cpu()?);
+    let engine = Engine::start(database, &broker.address, database.config(&[TABLE]));
+    let stats = engine.until(|it| it.snapshot.as_ref().is_some_and(|it| it.finished)).await?;
+    let (took, cpu) = (start.elapsed(), process_cpu()?.saturating_sub(before));
+    anyhow::ensure!(stats.snapshot.is_some_and(|it| it.rows == rows), "not every row was read");
+    engine.stop().await?;
+    Ok((took, cpu))
+}
+
+/// User and system time, of threads that ended too.
+fn process_cpu() -> anyhow::Result<Duration> {
+    /// `USER_HZ`, the same on every Linux.
+    const TICKS_A_SECOND: u64 = 100;
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // Behind the name, which may hold anything, in parentheses; utime and stime are the 14th and 15th fields.
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks = |at: usize| fields.get(at).and_then(|it| it.parse::<u64>().ok()).unwrap_or(0);
+    Ok(Duration::from_millis((ticks(11) + ticks(12)) * 1000 / TICKS_A_SECOND))
+}
