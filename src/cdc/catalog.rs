@@ -69,6 +69,16 @@ pub(super) fn matches(pattern: &str, name: &str) -> bool {
     }
 }
 
+/// A table that somebody has locked against everything, and by which process: whoever asks for its shape waits for that.
+pub(super) async fn locked(connection: &mut PgConnection, tables: &BTreeSet<TableId>) -> Result<Option<(String, i32)>, Error> {
+    const LOCKED: &str = "select n.nspname || '.' || c.relname, l.pid from pg_locks l join pg_class c on c.oid = l.relation
+            join pg_namespace n on n.oid = c.relnamespace join unnest($1::text[], $2::text[]) t(schema, name) on n.nspname = t.schema and c.relname = t.name
+        where l.granted and l.mode = 'AccessExclusiveLock' and l.database = (select oid from pg_database where datname = current_database()) limit 1";
+    let (schemas, names): (Vec<&str>, Vec<&str>) = tables.iter().map(|it| (it.schema.as_str(), it.table.as_str())).unzip();
+    let asked = sqlx::query_as(LOCKED).bind(schemas).bind(names).fetch_optional(connection).await;
+    asked.map_err(|source| Error::Sql { what: "look for locked tables", source })
+}
+
 /// What the publication holds; None if there is none.
 pub(super) async fn published(connection: &mut PgConnection, publication: &str) -> Result<Option<BTreeSet<TableId>>, Error> {
     let sql = |source| Error::Sql { what: "read the publication", source };
