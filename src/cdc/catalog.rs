@@ -178,15 +178,13 @@ pub(super) async fn describe(connection: &mut PgConnection, id: &TableId, topics
     Ok(Table::new(id.clone(), topics.table(id), specs))
 }
 
-/// How many rows the planner expects.
-pub(super) async fn estimate(connection: &mut PgConnection, tables: impl IntoIterator<Item = &TableId>) -> Result<u64, Error> {
-    let names: Vec<String> = tables.into_iter().map(full_name).collect();
-    let rows: i64 = sqlx::query_scalar("select coalesce(sum(greatest(reltuples, 0)), 0)::bigint from pg_class where oid = any($1::text[]::regclass[])")
-        .bind(names)
-        .fetch_one(connection)
-        .await
-        .map_err(|source| Error::Sql { what: "estimate the rows of the snapshot", source })?;
-    Ok(u64::try_from(rows).unwrap_or(0))
+/// How many rows the planner expects. It is asked, as what it noted down at the last ANALYZE may be old, or not be there at all.
+pub(super) async fn estimate(connection: &mut PgConnection, table: &TableId) -> Result<u64, Error> {
+    let rows = rows_of(connection, table).await?;
+    let statement = format!("explain (format json) select 1 from {rows}");
+    let asked = sqlx::query_scalar(AssertSqlSafe(statement)).fetch_one(connection).await;
+    let plan: sqlx::types::Json<serde_json::Value> = asked.map_err(|source| Error::Unread { table: table.to_string(), source })?;
+    Ok(plan.0[0]["Plan"]["Plan Rows"].as_f64().map_or(0, |it| it as u64))
 }
 
 /// A column of a primary key, and its type as a cast names it.

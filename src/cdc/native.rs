@@ -12,7 +12,7 @@ use std::{
 use futures_util::FutureExt as _;
 use sqlx::PgConnection;
 use tokio::{
-    sync::{oneshot, watch},
+    sync::{mpsc, oneshot, watch},
     time::Interval,
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
@@ -82,6 +82,7 @@ pub(super) async fn run(
         config,
         streamed: false,
         served_by: None,
+        readers: None,
         stats: control.stats.borrow().clone(),
     };
     let abandoned = CancellationToken::new();
@@ -131,6 +132,8 @@ struct Capture {
     streamed: bool,
     /// The server's process of the last replication connection.
     served_by: Option<i32>,
+    /// Closed once no reader of the last snapshot is left.
+    readers: Option<mpsc::Receiver<()>>,
     stats: Stats,
 }
 
@@ -151,10 +154,15 @@ impl Capture {
         // While it opens only answers to questions show that the source lives: a snapshot's connection may hang for ever.
         let (before, answers) = self.watched();
         let opened = tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            silent = health::silence(answers) => return Err(silent),
-            opened = self.open(control) => opened?,
+            () = stop.cancelled() => Ok(None),
+            silent = health::silence(answers) => Err(silent),
+            opened = self.open(control) => opened.map(Some),
         };
+        if let Some(mut readers) = self.readers.take() {
+            // One that is not quite gone could send a row behind what the next try sends of it.
+            let _ = readers.recv().await;
+        }
+        let Some(opened) = opened? else { return Ok(()) };
         drop(before);
         let (_watching, health) = self.watched();
         self.streamed = true;
@@ -307,6 +315,8 @@ impl Capture {
         if self.config.snapshot == SnapshotMode::Initial {
             tracing::info!(tables = tables.len(), lsn = %made.consistent_point, "taking the snapshot");
             let (source, topics) = (self.source.clone(), self.topics.clone());
+            let (alive, readers) = mpsc::channel(1);
+            self.readers = Some(readers);
             let plan = snapshot::Plan {
                 source: &source,
                 tables,
@@ -316,6 +326,7 @@ impl Capture {
                 context,
                 readers: self.config.snapshot_max_threads.readers(),
                 tolerates_errors: self.config.errors_tolerance == ErrorsTolerance::All,
+                alive,
             };
             let dead_letters = self.stats.dead_letters;
             let tell = |told: &snapshot::Told| {

@@ -66,6 +66,8 @@ pub(super) struct Plan<'a> {
     pub(super) readers: usize,
     /// Rows that cannot become events are set aside; otherwise the first one is the end.
     pub(super) tolerates_errors: bool,
+    /// Closed once no reader is left.
+    pub(super) alive: mpsc::Sender<()>,
 }
 
 /// How far it is.
@@ -173,7 +175,7 @@ async fn prepare(plan: &Plan<'_>, connection: &mut PgConnection, producer: &Arc<
     let (mut tables, mut units, mut rows_estimated) = (Vec::new(), Vec::new(), 0);
     for (place, id) in plan.tables.iter().enumerate() {
         let size = units::size_of(connection, id).await?;
-        rows_estimated += size.rows;
+        rows_estimated += catalog::estimate(connection, id).await?;
         match plan.readers {
             0 | 1 => units.push(Unit { table: place, blocks: None }),
             _ => units.extend(units::of(place, &size)),
@@ -224,7 +226,7 @@ fn readers(plan: &Plan<'_>, reading: &Arc<Reading>) -> Result<Readers, Error> {
     let stop = CancellationToken::new();
     let readers = Readers { news, n, _stop: stop.clone().drop_guard() };
     for number in 1..=n {
-        reader::start(number, Arc::clone(reading), stop.clone(), told.clone())?;
+        reader::start(number, Arc::clone(reading), stop.clone(), told.clone(), plan.alive.clone())?;
     }
     tracing::debug!(readers = n, units = reading.units.len(), "the readers of the snapshot have begun");
     Ok(readers)

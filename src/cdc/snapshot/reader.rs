@@ -103,7 +103,13 @@ pub(super) fn state_of(error: &sqlx::Error) -> Option<String> {
 }
 
 /// Starts a reader; it ends with its work, or when it is told to stop.
-pub(super) fn start(number: usize, reading: Arc<Reading>, stop: CancellationToken, told: mpsc::UnboundedSender<News>) -> Result<(), Error> {
+pub(super) fn start(
+    number: usize,
+    reading: Arc<Reading>,
+    stop: CancellationToken,
+    told: mpsc::UnboundedSender<News>,
+    alive: mpsc::Sender<()>,
+) -> Result<(), Error> {
     let work = move || {
         let ended = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Err(error) => News::Ended(Err(Error::Thread(error))),
@@ -116,6 +122,7 @@ pub(super) fn start(number: usize, reading: Arc<Reading>, stop: CancellationToke
         };
         // Nobody hears the end of a snapshot that was abandoned.
         let _ = told.send(ended);
+        drop(alive);
     };
     std::thread::Builder::new().name(format!("cdc-read-{number}")).spawn(work).map(drop).map_err(Error::Thread)
 }

@@ -38,8 +38,6 @@ pub(super) struct Size {
     /// Blocks of the table, or of each of its partitions. Empty where not all of it lies in blocks: foreign tables, other storage.
     blocks: Vec<u64>,
     bytes: u64,
-    /// What the planner thinks there is.
-    pub(super) rows: u64,
 }
 
 /// What the server knows of a table's size.
@@ -47,25 +45,24 @@ pub(super) async fn size_of(connection: &mut PgConnection, table: &TableId) -> R
     // pg_class is as the snapshot sees it, and pg_relation_filenode as it is now.
     const SIZES: &str = "select leaf.relkind = 'r' and coalesce(am.amname = 'heap', false),
             coalesce(pg_relation_size(leaf.oid), 0) / current_setting('block_size')::bigint, coalesce(pg_table_size(leaf.oid), 0),
-            greatest(leaf.reltuples, 0)::bigint, coalesce(pg_relation_filenode(leaf.oid), 0) <> leaf.relfilenode
+            coalesce(pg_relation_filenode(leaf.oid), 0) <> leaf.relfilenode
         from pg_class c left join lateral pg_partition_tree(c.oid) tree on c.relkind = 'p'
             join pg_class leaf on leaf.oid = coalesce(tree.relid, c.oid) and leaf.relkind <> 'p'
             left join pg_am am on am.oid = leaf.relam
         where c.oid = $1::regclass";
-    let sizes: Vec<(bool, i64, i64, i64, bool)> = sqlx::query_as(SIZES)
+    let sizes: Vec<(bool, i64, i64, bool)> = sqlx::query_as(SIZES)
         .bind(catalog::full_name(table))
         .fetch_all(connection)
         .await
         .map_err(|source| Error::Sql { what: "ask for the size of a table", source })?;
     // ALTER TABLE and TRUNCATE leave nothing that an older snapshot could see: it would read an empty table, and nobody would know.
-    if sizes.iter().any(|it| it.4) {
+    if sizes.iter().any(|it| it.3) {
         return Err(Error::Rewritten { table: table.to_string() });
     }
     let number = |it: i64| u64::try_from(it).unwrap_or(0);
     Ok(Size {
         blocks: if sizes.iter().all(|it| it.0) { sizes.iter().map(|it| number(it.1)).collect() } else { Vec::new() },
         bytes: sizes.iter().map(|it| number(it.2)).sum(),
-        rows: sizes.iter().map(|it| number(it.3)).sum(),
     })
 }
 
@@ -118,7 +115,7 @@ mod tests {
 
     #[test]
     fn small_tables_are_one_unit_and_large_ones_ranges_of_blocks() {
-        let units = |blocks: &[u64], bytes| of(3, &Size { blocks: blocks.to_vec(), bytes, rows: 0 });
+        let units = |blocks: &[u64], bytes| of(3, &Size { blocks: blocks.to_vec(), bytes });
         let blocks = |units: Vec<Unit>| units.into_iter().map(|it| it.blocks).collect::<Vec<_>>();
         assert_eq!(blocks(units(&[2048], UNIT_BYTES)), [None]);
         assert_eq!(blocks(units(&[], u64::MAX)), [None], "not in blocks");

@@ -17,8 +17,9 @@ use sqlx::{AssertSqlSafe, Connection as _, Executor as _};
 
 use super::{
     days::{PAYMENTS, finish, held, parsed, replayed, write_payments},
-    house::{Broker, Capture, Database, config},
-    networks::until_read,
+    house::{Broker, Capture, Database, PATIENCE, config},
+    network::Network,
+    networks::{port, until_read},
 };
 
 /// Payments that fill so many blocks that they are read in ranges.
@@ -282,6 +283,66 @@ async fn a_table_that_somebody_has_locked_is_waited_for_and_the_holder_named() {
     capture.stop().await;
 }
 
+/// A capture whose slot is made while nothing passes through its network: whatever happens now happens behind the slot's snapshot, and
+/// before it is read.
+async fn begun_behind(network: &Network, database: &Database, broker: &Broker, settings: &Config, meanwhile: impl AsyncFnOnce()) -> Capture {
+    let mut connection = database.connect().await;
+    let mut open = connection.begin().await.expect("begin");
+    open.execute("select pg_current_xact_id()").await.expect("an id");
+    let capture = Capture::start_as(&network.url(&database.url), database, broker.address(), settings.clone());
+    capture.until("the slot is being made", |it| it.waiting_for.as_ref().is_some_and(|it| it.contains("slot is being made"))).await;
+    let mut looking = database.connect().await;
+    let is = async |looking: &mut sqlx::PgConnection, state: &str| -> bool {
+        let statement = format!("select exists (select from pg_replication_slots where slot_name = '{}' and {state})", settings.slot);
+        sqlx::query_scalar(AssertSqlSafe(statement)).fetch_one(looking).await.expect("an answer")
+    };
+    let made = async {
+        while !is(&mut looking, "true").await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        network.still();
+        open.commit().await.expect("commit");
+        while !is(&mut looking, "confirmed_flush_lsn is not null").await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, made).await.expect("the slot is made");
+    meanwhile().await;
+    network.flow();
+    capture
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_rewritten_dropped_or_locked_before_it_is_read_is_told_and_no_row_lost() {
+    let database = Database::create("rewritten").await;
+    database.run(PAYMENTS).await;
+    database.run("insert into payments values (1, 1.00, 'old'); create table fees (id int primary key);").await;
+    let mut broker = Broker::start(&database, &["public.payments", "public.fees"], 1);
+    let network = Network::to(port(&database)).await;
+    let settings = config(&database);
+
+    let rewrite = async || database.run("alter table payments alter amount type numeric(20,3);").await;
+    let error = begun_behind(&network, &database, &broker, &settings, rewrite).await.ended().await.expect_err("it cannot be seen");
+    assert!(matches!(&error, cdc::Error::Rewritten { table } if table == "public.payments") && error.fault() == Fault::Transient, "{error}");
+
+    let drop = async || database.run("drop table fees;").await;
+    let error = begun_behind(&network, &database, &broker, &settings, drop).await.ended().await.expect_err("it is gone");
+    assert!(matches!(&error, cdc::Error::Dropped { table } if table == "public.fees") && error.fault() == Fault::Transient, "{error}");
+
+    let mut locking = database.connect().await;
+    let lock = async || {
+        locking.execute("begin; lock table payments in access exclusive mode").await.expect("locked");
+    };
+    let capture = begun_behind(&network, &database, &broker, &settings, lock).await;
+    let locked = |it: &Stats| it.step == Step::Snapshot && it.waiting_for.as_ref().is_some_and(|it| it.contains("has locked public.payments"));
+    capture.until("it waits", locked).await;
+    locking.execute("rollback").await.expect("let go");
+    read_whole(&capture, &database, &settings).await;
+    let rows: Vec<Value> = broker.read("public.payments").iter().filter_map(parsed).map(|it| it["after"]["amount"].clone()).collect();
+    assert_eq!(rows, ["1.000"]);
+    capture.stop().await;
+}
+
 /// A user of the source with these rights, as which the publication is only read.
 async fn of_user(database: &Database, broker: &Broker, settings: &Config, rights: &str) -> (String, Secret) {
     cdc::apply(&database.url, &database.url, broker.address(), &Default::default(), settings, false).await.expect("prepared");
@@ -339,6 +400,6 @@ async fn drop_role(database: &Database, role: &str) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(super::house::PATIENCE, free).await.expect("its connections end");
+    tokio::time::timeout(PATIENCE, free).await.expect("its connections end");
     database.run(&format!("drop owned by {role}; drop role {role};")).await;
 }
