@@ -93,6 +93,8 @@ impl<R> Markers<R> {
         if let Some(row) = row
             && let Some(before) = marked.kept.replace(row)
         {
+            // It may be `first`, which nothing goes before.
+            released.extend(self.last.take_if(|it| it.table < table).map(Last::released));
             released.push(marked.pass(table, before));
         }
         if marked.units_left > 0 {
@@ -181,7 +183,7 @@ mod tests {
             told.into_iter().map(|it| it.1).collect::<Vec<_>>()
         };
         assert_eq!(told(&[2, 1, 3]), ["first", "last_in_data_collection", "last_in_data_collection", "first_in_data_collection", "true", "last"]);
-        // Debezium's `first` is of the first table, should it be empty of none.
+        // Debezium's `first` is of the first table, and of none should that be empty.
         assert_eq!(told(&[0, 2, 0]), ["first_in_data_collection", "last"]);
         assert_eq!(told(&[1, 1]), ["first", "last"]);
         assert_eq!(told(&[1, 0]), ["last"]);
