@@ -102,7 +102,7 @@ pub(super) async fn take(
     told.waiting_for = None;
     let (reading, rows_estimated) = prepare(plan, connection, producer).await?;
     told.progress.rows_estimated = rows_estimated;
-    let mut reading = Watched { reading: Arc::new(reading), began: Instant::now(), noted: BTreeSet::new(), is_crowded: false, told };
+    let mut reading = Watched { reading: Arc::new(reading), began: Instant::now(), noted: BTreeSet::new(), told };
     let mut ask = tokio::time::interval(ASK_EVERY);
     let readers = readers(plan, &reading.reading)?;
     tokio::select! {
@@ -228,7 +228,7 @@ fn readers(plan: &Plan<'_>, reading: &Arc<Reading>) -> Result<Readers, Error> {
     for number in 1..=n {
         reader::start(number, Arc::clone(reading), stop.clone(), told.clone(), plan.alive.clone())?;
     }
-    tracing::debug!(readers = n, units = reading.units.len(), "the readers of the snapshot have begun");
+    tracing::info!(readers = n, units = reading.units.len(), "the tables are being read");
     Ok(readers)
 }
 
@@ -237,8 +237,6 @@ struct Watched {
     began: Instant,
     /// Tables that are written down as read.
     noted: BTreeSet<usize>,
-    /// That there are fewer readers than wanted was said.
-    is_crowded: bool,
     told: Told,
 }
 
@@ -246,7 +244,7 @@ impl Watched {
     async fn until_read(&mut self, mut readers: Readers, store: &mut Store, tell: &mut impl FnMut(&Told)) -> Result<(), Error> {
         let mut ticks = tokio::time::interval(TELL_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut n_reading, mut n_crowded, mut n_ended) = (0, 0, 0);
+        let (mut n_reading, mut n_crowded, mut n_ended, mut is_said) = (0, 0, 0, false);
         while n_crowded + n_ended < readers.n {
             tokio::select! {
                 _ = ticks.tick() => {
@@ -264,7 +262,7 @@ impl Watched {
                     }
                 }
             }
-            if n_crowded > 0 && n_reading + n_crowded == readers.n && n_ended == 0 && !std::mem::replace(&mut self.is_crowded, true) {
+            if n_crowded > 0 && n_reading + n_crowded == readers.n && !std::mem::replace(&mut is_said, true) {
                 tracing::warn!(
                     readers = n_reading,
                     wanted = readers.n,
