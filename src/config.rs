@@ -453,6 +453,16 @@ mod tests {
     }
 
     #[test]
+    fn a_number_of_readers_that_cannot_be_is_refused_with_those_that_can() {
+        for wrong in ["33", "-1"] {
+            let error = load_text(&format!("[cdc]\nsnapshot_max_threads = {wrong}"), &[], &[]).expect_err("out of range").to_string();
+            let told = format!("cdc.snapshot_max_threads cannot be {wrong}: a snapshot has 1 to 32 readers, or 0");
+            assert!(error.contains(&told), "{error}");
+        }
+        assert_eq!(load_text("[cdc]\nsnapshot_max_threads = 32", &[], &[]).map(|it| i64::from(it.config.cdc.snapshot_max_threads)).ok(), Some(32));
+    }
+
+    #[test]
     fn a_wrong_value_names_its_key_and_its_layer() {
         let error = load_text("", &[("LEDGERLINE__BANK__SEED", "many")], &[]).expect_err("wrong").to_string();
         assert!(error.starts_with("environment variable LEDGERLINE__BANK__SEED: bank.seed cannot be \"many\""), "{error}");

@@ -1,6 +1,8 @@
 //! What an operator may ask of a capture without running it: how slot and publication stand, to make what it needs, and to
 //! drop slot and publication.
 
+use std::collections::BTreeSet;
+
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
@@ -14,7 +16,10 @@ use super::{
     source::{self, Source, quoted},
     stats::{Connector, SlotHealth},
 };
-use crate::{change::Lsn, secret::Secret};
+use crate::{
+    change::{Lsn, TableId},
+    secret::Secret,
+};
 
 /// The slot is a responsibility: what it holds back on the source, and how far its reader is.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -166,7 +171,10 @@ pub async fn resnapshot(source: &Secret, state: &Secret, config: &Config, table:
     }
     let mut connection = Source::new(source)?.connect().await?;
     let wanted = catalog::wanted_tables(&mut connection, config).await?;
-    let id = wanted.into_iter().find(|it| it.to_string() == table).ok_or_else(|| Error::NoSuchTable { table: table.to_owned() })?;
+    let id = match wanted.iter().find(|it| it.to_string() == table) {
+        Some(id) => id.clone(),
+        None => return Err(not_captured(table, &wanted)),
+    };
     if catalog::primary_key(&mut connection, &id).await?.1.is_empty() {
         return Err(Error::NoKey { table: table.to_owned() });
     }
@@ -183,6 +191,15 @@ pub async fn resnapshot(source: &Secret, state: &Secret, config: &Config, table:
     let request = requests.ask(table).await?;
     requests.close().await;
     Ok(Some(request))
+}
+
+/// With the names of the captured tables, those first that look most like what was asked for.
+fn not_captured(asked: &str, wanted: &BTreeSet<TableId>) -> Error {
+    // A name alone is as good a hint as one with its schema.
+    let likeness = |it: &TableId| strsim::jaro_winkler(&it.to_string(), asked).max(strsim::jaro_winkler(&it.table, asked));
+    let mut captured: Vec<&TableId> = wanted.iter().collect();
+    captured.sort_by(|a, b| likeness(b).total_cmp(&likeness(a)));
+    Error::NotCaptured { table: asked.to_owned(), captured: captured.into_iter().map(ToString::to_string).collect() }
 }
 
 /// Whether the source keeps changes for the capture from now on.

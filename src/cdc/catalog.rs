@@ -69,6 +69,16 @@ pub(super) fn matches(pattern: &str, name: &str) -> bool {
     }
 }
 
+/// A table that somebody has locked against everything, and by which process: whoever asks for its shape waits for that.
+pub(super) async fn locked(connection: &mut PgConnection, tables: &BTreeSet<TableId>) -> Result<Option<(String, i32)>, Error> {
+    const LOCKED: &str = "select n.nspname || '.' || c.relname, l.pid from pg_locks l join pg_class c on c.oid = l.relation
+            join pg_namespace n on n.oid = c.relnamespace join unnest($1::text[], $2::text[]) t(schema, name) on n.nspname = t.schema and c.relname = t.name
+        where l.granted and l.mode = 'AccessExclusiveLock' and l.database = (select oid from pg_database where datname = current_database()) limit 1";
+    let (schemas, names): (Vec<&str>, Vec<&str>) = tables.iter().map(|it| (it.schema.as_str(), it.table.as_str())).unzip();
+    let asked = sqlx::query_as(LOCKED).bind(schemas).bind(names).fetch_optional(connection).await;
+    asked.map_err(|source| Error::Sql { what: "look for locked tables", source })
+}
+
 /// What the publication holds; None if there is none.
 pub(super) async fn published(connection: &mut PgConnection, publication: &str) -> Result<Option<BTreeSet<TableId>>, Error> {
     let sql = |source| Error::Sql { what: "read the publication", source };
@@ -168,15 +178,13 @@ pub(super) async fn describe(connection: &mut PgConnection, id: &TableId, topics
     Ok(Table::new(id.clone(), topics.table(id), specs))
 }
 
-/// How many rows the planner expects.
-pub(super) async fn estimate(connection: &mut PgConnection, tables: impl IntoIterator<Item = &TableId>) -> Result<u64, Error> {
-    let names: Vec<String> = tables.into_iter().map(full_name).collect();
-    let rows: i64 = sqlx::query_scalar("select coalesce(sum(greatest(reltuples, 0)), 0)::bigint from pg_class where oid = any($1::text[]::regclass[])")
-        .bind(names)
-        .fetch_one(connection)
-        .await
-        .map_err(|source| Error::Sql { what: "estimate the rows of the snapshot", source })?;
-    Ok(u64::try_from(rows).unwrap_or(0))
+/// How many rows the planner expects. It is asked, as what it noted down at the last ANALYZE may be old, or not be there at all.
+pub(super) async fn estimate(connection: &mut PgConnection, table: &TableId) -> Result<u64, Error> {
+    let rows = rows_of(connection, table).await?;
+    let statement = format!("explain (format json) select 1 from {rows}");
+    let asked = sqlx::query_scalar(AssertSqlSafe(statement)).fetch_one(connection).await;
+    let plan: sqlx::types::Json<serde_json::Value> = asked.map_err(|source| Error::Unread { table: table.to_string(), source })?;
+    Ok(plan.0[0]["Plan"]["Plan Rows"].as_f64().map_or(0, |it| it as u64))
 }
 
 /// A column of a primary key, and its type as a cast names it.

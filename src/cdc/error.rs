@@ -33,6 +33,8 @@ pub enum Error {
     WalLevel { found: String },
     #[error("table {table} of cdc.tables does not exist")]
     NoSuchTable { table: String },
+    #[error("table {table} is not among those that are captured")]
+    NotCaptured { table: String, captured: Vec<String> },
     #[error("table {table} has no primary key, so it cannot be read in chunks")]
     NoKey { table: String },
     #[error("the connector reads tables again by signals of Debezium's own")]
@@ -76,6 +78,20 @@ pub enum Error {
         lsn: Lsn,
         #[source]
         source: pgoutput::Malformed,
+    },
+    #[error("the snapshot of the slot is gone, as the connection that exported it was cut")]
+    SnapshotGone,
+    #[error("table {table} was dropped while its snapshot was about to be read")]
+    Dropped { table: String },
+    #[error("table {table} was rewritten or truncated after the snapshot had begun, and shows it nothing")]
+    Rewritten { table: String },
+    #[error("table {table} cannot be read for the snapshot while {holder} has it locked; end that transaction, or wait for it")]
+    Locked { table: String, holder: String },
+    #[error("could not read table {table} for the snapshot")]
+    Unread {
+        table: String,
+        #[source]
+        source: sqlx::Error,
     },
     #[error("a row of the snapshot of {table} cannot be written")]
     Row {
@@ -157,6 +173,7 @@ impl Diagnose for Error {
             Self::OldServer { .. } => operator("use a server of PostgreSQL 15 or newer".to_owned()),
             Self::WalLevel { .. } => operator("set wal_level = logical on the source and restart it".to_owned()),
             Self::NoSuchTable { table } => operator(format!("create {table}, or take it out of cdc.tables")),
+            Self::NotCaptured { captured, .. } => operator(captured_remedy(captured)),
             Self::NoKey { table } => operator(format!("give {table} a primary key, or start over with a new cdc.topic_prefix and slot")),
             Self::EngineCannot => operator("send the connector an execute-snapshot signal, or use cdc.engine = \"native\"".to_owned()),
             Self::NoTables => operator("name existing tables in cdc.tables".to_owned()),
@@ -184,6 +201,7 @@ impl Diagnose for Error {
             Self::OtherServer { .. } => operator(format!("correct source.url; or if that server is meant: {NEW_SNAPSHOT}")),
             Self::SlotBusy { .. } => operator("stop the other process, or name another cdc.slot here".to_owned()),
             Self::Progress { .. } => operator("repair the row in ledgerline.cdc_snapshot of the state database".to_owned()),
+            Self::Unread { table, source } => unread_fault(table, source),
             Self::Row { .. } => operator("exclude the table in cdc.tables_exclude, and report the value as a bug".to_owned()),
             Self::Poison { .. } => operator(
                 "cdc.errors_tolerance = \"all\" sets such rows aside, with their bytes, in the topic of the dead letters; or leave the table out \
@@ -206,6 +224,8 @@ impl Diagnose for Error {
             }
             Self::OffsetsMissing { .. } => operator(format!("somebody deleted the offsets, or another engine began this capture; {NEW_SNAPSHOT}")),
             Self::TaskFailed { remedy, .. } => operator(remedy.clone()),
+            // The next try sees the tables as they are then.
+            Self::SnapshotGone | Self::Dropped { .. } | Self::Rewritten { .. } | Self::Locked { .. } => Fault::Transient,
             Self::Silent(_) | Self::Deserted { .. } => Fault::Transient,
             Self::ConnectAway { .. } | Self::ConnectorGone { .. } | Self::NotStopped { .. } | Self::Ended | Self::Thread(_) => Fault::Transient,
             Self::Decode { .. } | Self::Panicked => Fault::Bug,
@@ -213,6 +233,14 @@ impl Diagnose for Error {
             Self::Topics(error) => error.fault(),
         }
     }
+}
+
+/// The names that may be meant, the likeliest first.
+fn captured_remedy(captured: &[String]) -> String {
+    const NAMED_MAX: usize = 10;
+    let named = captured[..captured.len().min(NAMED_MAX)].join(", ");
+    let more = captured.len().saturating_sub(NAMED_MAX);
+    format!("name one of them: {named}{}", if more > 0 { format!(" and {more} more") } else { String::new() })
 }
 
 /// What keeps a slot from being lost again, by PostgreSQL's `invalidation_reason`.
@@ -261,6 +289,18 @@ fn sql_fault(error: &sqlx::Error) -> Fault {
         sqlx::Error::Configuration(_) => Fault::Operator("correct the address of the database".to_owned()),
         sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => Fault::Transient,
         _ => Fault::Bug,
+    }
+}
+
+/// What stands in the way of a table's rows.
+fn unread_fault(table: &str, error: &sqlx::Error) -> Fault {
+    match error.as_database_error().and_then(|it| it.code()).as_deref() {
+        Some("42501") => Fault::Operator(format!(
+            "grant select on {table} to the user of source.url, and bypassrls where the table has row security: its policies would hide rows; \
+             or leave it out (cdc.tables_exclude)"
+        )),
+        Some("XX001" | "XX002") => Fault::Operator(format!("table {table} is damaged on the source: repair it there, or leave it out (cdc.tables_exclude)")),
+        _ => sql_fault(error),
     }
 }
 

@@ -82,6 +82,8 @@ pub struct Config {
     pub publication: String,
     /// Whether the rows that exist before the first start are read.
     pub snapshot: SnapshotMode,
+    /// How many readers share the snapshot. The native engine's alone.
+    pub snapshot_max_threads: SnapshotThreads,
     /// How often a heartbeat is sent at least, so that consumers see the capture is alive though the tables are quiet.
     pub heartbeat: Span,
     /// BEGIN and END of every commit on the transaction topic; the warehouse needs them to show whole payments only.
@@ -155,6 +157,41 @@ impl SnapshotMode {
     }
 }
 
+/// Readers of the snapshot, Debezium's `snapshot.max.threads`; 0 chooses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "i64", into = "i64")]
+pub struct SnapshotThreads(u8);
+
+impl SnapshotThreads {
+    /// More would take connections of the source from others, and wait for each other in the producer's queue.
+    const MAX: u8 = 32;
+    /// What is chosen at most: each is a connection, and a process that keeps a core of the source busy.
+    const CHOSEN_MAX: usize = 4;
+
+    pub(crate) fn readers(self) -> usize {
+        match self.0 {
+            // A row costs us more than it costs PostgreSQL, so more readers than cores would only wait.
+            0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(Self::CHOSEN_MAX),
+            n => n.into(),
+        }
+    }
+}
+
+impl TryFrom<i64> for SnapshotThreads {
+    type Error = String;
+    fn try_from(n: i64) -> Result<Self, String> {
+        let fits = u8::try_from(n).ok().filter(|it| *it <= Self::MAX);
+        fits.map(Self)
+            .ok_or_else(|| format!("a snapshot has 1 to {} readers, or 0 for as many as this machine has cores (at most {})", Self::MAX, Self::CHOSEN_MAX))
+    }
+}
+
+impl From<SnapshotThreads> for i64 {
+    fn from(threads: SnapshotThreads) -> Self {
+        threads.0.into()
+    }
+}
+
 /// As Debezium writes them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -199,6 +236,7 @@ impl Default for Config {
             slot: "ledgerline".to_owned(),
             publication: "ledgerline".to_owned(),
             snapshot: SnapshotMode::Initial,
+            snapshot_max_threads: SnapshotThreads::default(),
             heartbeat: Span::from_secs(10),
             transaction_metadata: true,
             skipped_operations: SkippedOperations::T,

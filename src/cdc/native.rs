@@ -12,7 +12,7 @@ use std::{
 use futures_util::FutureExt as _;
 use sqlx::PgConnection;
 use tokio::{
-    sync::{oneshot, watch},
+    sync::{mpsc, oneshot, watch},
     time::Interval,
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
@@ -49,6 +49,7 @@ use crate::{
 
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
+const LOCKED_POLL: Duration = Duration::from_millis(500);
 /// How often stats are published, acknowledgements are looked for, and heartbeats considered, at least.
 const TICK: Duration = Duration::from_millis(100);
 /// Events taken in a row before anything else is looked at.
@@ -81,6 +82,7 @@ pub(super) async fn run(
         config,
         streamed: false,
         served_by: None,
+        readers: None,
         stats: control.stats.borrow().clone(),
     };
     let abandoned = CancellationToken::new();
@@ -130,6 +132,8 @@ struct Capture {
     streamed: bool,
     /// The server's process of the last replication connection.
     served_by: Option<i32>,
+    /// Closed once no reader of the last snapshot is left.
+    readers: Option<mpsc::Receiver<()>>,
     stats: Stats,
 }
 
@@ -150,10 +154,15 @@ impl Capture {
         // While it opens only answers to questions show that the source lives: a snapshot's connection may hang for ever.
         let (before, answers) = self.watched();
         let opened = tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            silent = health::silence(answers) => return Err(silent),
-            opened = self.open(control) => opened?,
+            () = stop.cancelled() => Ok(None),
+            silent = health::silence(answers) => Err(silent),
+            opened = self.open(control) => opened.map(Some),
         };
+        if let Some(mut readers) = self.readers.take() {
+            // One that is not quite gone could send a row behind what the next try sends of it.
+            let _ = readers.recv().await;
+        }
+        let Some(opened) = opened? else { return Ok(()) };
         drop(before);
         let (_watching, health) = self.watched();
         self.streamed = true;
@@ -182,6 +191,7 @@ impl Capture {
         }
         let found = slot::wait_until_free(&mut connection, &name, |text| self.tell(control, Step::Connecting, Some(text))).await?;
         let start = slot::decide(&name, &self.source.database, found.as_ref(), progress.as_ref())?;
+        self.wait_until_unlocked(&mut connection, &wanted, control).await?;
         let published = prepare::publish(&mut connection, &self.config, &wanted, matches!(start, Start::Resume { .. }), false).await?;
         self.stats.uncaptured = published.uncaptured;
         let tables = published.captured;
@@ -192,7 +202,7 @@ impl Capture {
         let asking = topics::Topics::connect(&self.kafka)?;
         let bytes_max = prepare::ensure_topics(&asking, &self.topics, &tables, &self.stream).await?;
         let producer = Arc::new(Producer::new(&self.kafka, bytes_max)?);
-        let mut envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
+        let envelope = Envelope::new(&self.config.topic_prefix, &self.source.database);
         let (told, rereading) = watch::channel(None);
         let reader = incremental::Setup { source: self.source.clone(), state: self.state.clone(), config: self.config.clone(), finishing };
         let (line, reading) = incremental::reader(reader, told);
@@ -208,7 +218,7 @@ impl Capture {
                     tracing::warn!(slot = name, "no snapshot was finished with this slot, starting over");
                     slot::drop_slot(&mut connection, &name).await?;
                 }
-                let (client, snapshot) = self.begin(&mut store, &asking, (&producer, &mut envelope, context.as_ref()), &tables, control).await?;
+                let (client, snapshot) = self.begin(&mut store, &asking, (&mut connection, &producer, context.as_ref()), &tables, control).await?;
                 (client, snapshot, snapshot, None)
             }
         };
@@ -238,6 +248,17 @@ impl Capture {
         let streaming = Streaming::new(setup, envelope, producer, control.stop.clone());
         let reading = AbortOnDropHandle::new(tokio::spawn(reading));
         Ok(Open { client, streaming, joined, rereading, _beside: [joining, reading] })
+    }
+
+    /// A table that is locked against everything holds up all questions about it; so says who has locked it.
+    async fn wait_until_unlocked(&mut self, connection: &mut PgConnection, tables: &BTreeSet<TableId>, control: &Control<Stats>) -> Result<(), Error> {
+        while let Some((table, pid)) = catalog::locked(connection, tables).await? {
+            let holder = slot::holder(connection, pid).await?;
+            self.tell(control, Step::Connecting, Some(format!("{holder}, who has locked {table}")));
+            tokio::time::sleep(LOCKED_POLL).await;
+        }
+        self.tell(control, Step::Connecting, None);
+        Ok(())
     }
 
     /// How a snapshot that was cut short goes on: from the slot as it stands, where that can be, with requests for what was not read.
@@ -284,7 +305,7 @@ impl Capture {
         &mut self,
         store: &mut Store,
         asking: &topics::Topics,
-        (producer, envelope, context): (&Producer, &mut Envelope, Option<&Headers>),
+        (connection, producer, context): (&mut PgConnection, &Arc<Producer>, Option<&Headers>),
         tables: &BTreeSet<TableId>,
         control: &Control<Stats>,
     ) -> Result<(Replication, Lsn), Error> {
@@ -294,15 +315,30 @@ impl Capture {
         if self.config.snapshot == SnapshotMode::Initial {
             tracing::info!(tables = tables.len(), lsn = %made.consistent_point, "taking the snapshot");
             let (source, topics) = (self.source.clone(), self.topics.clone());
-            let plan = snapshot::Plan { source: &source, tables, topics: &topics, snapshot: &made.snapshot, consistent_point: made.consistent_point, context };
-            let tell = |progress: &super::SnapshotProgress, table: &str, rows: u64| {
-                self.stats.snapshot = Some(progress.clone());
-                if !table.is_empty() {
-                    self.stats.tables.entry(table.to_owned()).or_default().reads = rows;
-                }
-                self.tell(control, Step::Snapshot, None);
+            let (alive, readers) = mpsc::channel(1);
+            self.readers = Some(readers);
+            let plan = snapshot::Plan {
+                source: &source,
+                tables,
+                topics: &topics,
+                snapshot: &made.snapshot,
+                consistent_point: made.consistent_point,
+                context,
+                readers: self.config.snapshot_max_threads.readers(),
+                tolerates_errors: self.config.errors_tolerance == ErrorsTolerance::All,
+                alive,
             };
-            snapshot::take(&plan, envelope, producer, store, tell).await?;
+            let dead_letters = self.stats.dead_letters;
+            let tell = |told: &snapshot::Told| {
+                self.stats.snapshot = Some(told.progress.clone());
+                for (table, rows) in &told.tables {
+                    self.stats.tables.entry(table.clone()).or_default().reads = *rows;
+                }
+                self.stats.dead_letters = dead_letters + told.dead_letters;
+                (self.stats.queued, self.stats.broker_away) = (producer.n_waiting(), producer.is_broker_away());
+                self.tell(control, Step::Snapshot, told.waiting_for.clone());
+            };
+            snapshot::take(&plan, connection, producer, store, tell).await?;
             let lanes = asking.watermarks(tables.iter().map(|it| self.topics.table(it)).collect()).await?;
             ends = lanes.into_iter().map(LaneEnd::from).collect();
         }

@@ -149,7 +149,8 @@ pub(super) async fn let_go(connection: &mut PgConnection, name: &str, pid: i32) 
     Ok(())
 }
 
-async fn holder(connection: &mut PgConnection, pid: i32) -> Result<String, Error> {
+/// Who a process of the server works for.
+pub(super) async fn holder(connection: &mut PgConnection, pid: i32) -> Result<String, Error> {
     const WHO: &str = "select coalesce(nullif(application_name, ''), 'an unnamed program') || ' at ' || coalesce(host(client_addr), 'the same host') from pg_stat_activity where pid = $1";
     let who: Option<String> = sqlx::query_scalar(WHO).bind(pid).fetch_optional(connection).await.map_err(failed)?;
     Ok(format!("pid {pid} ({})", who.as_deref().unwrap_or("already gone")))

@@ -166,7 +166,9 @@ pub struct SnapshotProgress {
     pub rows: u64,
     /// What the planner thinks there is.
     pub rows_estimated: u64,
-    pub table: Option<String>,
+    /// The tables that are being read: with several readers, several.
+    #[serde(default)]
+    pub reading: Vec<String>,
     pub finished: bool,
     /// At the pace so far; None while that, or how much there is, is not known.
     #[serde(default)]

@@ -185,7 +185,10 @@ async fn resnapshot(loaded: &Loaded, flags: &cli::Resnapshot) -> Result<Exit, Fa
     let reach = super::Reach::take(loaded, Needs::POSTGRES, &interrupted).await?;
     let asking = async {
         let asked = cdc::resnapshot(&reach.addresses.source, &reach.addresses.state, &loaded.cdc(), &flags.table, flags.dry_run).await;
-        asked.map_err(|error| Failure::from_error(&error))
+        asked.map_err(|error| match error {
+            cdc::Error::NotCaptured { .. } => Failure::usage(&error),
+            error => Failure::from_error(&error),
+        })
     };
     let asked = super::unless_interrupted(&interrupted, asking).await;
     reach.release().await;

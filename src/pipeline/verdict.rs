@@ -312,7 +312,11 @@ fn reading(now: &Snapshot) -> Option<Verdict> {
         return note(format!("cdc reads {} again: {}", again.table, read_so_far(again.rows, again.rows_estimated, again.seconds_left)));
     }
     let read = now.cdc.snapshot.as_ref().filter(|_| now.cdc.step == cdc::Step::Snapshot && now.cdc.waiting_for.is_none())?;
-    let place = format!("table {} of {}", (read.tables_done + 1).min(read.tables), read.tables);
+    let place = match read.reading.as_slice() {
+        [one, more @ ..] if !more.is_empty() => format!("{one} and {} more at once, {} of {} tables done", more.len(), read.tables_done, read.tables),
+        [one] => format!("{one}, table {} of {}", (read.tables_done + 1).min(read.tables), read.tables),
+        _ => format!("table {} of {}", (read.tables_done + 1).min(read.tables), read.tables),
+    };
     note(format!("cdc reads what the source holds: {place}, {}", read_so_far(read.rows, read.rows_estimated, read.seconds_left)))
 }
 

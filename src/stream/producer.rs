@@ -101,7 +101,7 @@ impl Receipt {
 }
 
 /// Why the stream did not take something.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error("could not set up a producer for the stream")]
     Setup(#[source] KafkaError),
@@ -269,12 +269,12 @@ impl Producer {
         self.shared.bell.notified().await;
     }
 
-    /// The failure that ended this producer, once.
+    /// The failure that ended this producer: the same for all who share it.
     pub fn check(&self) -> Result<(), Error> {
         if !self.shared.failed.load(Ordering::Acquire) {
             return Ok(());
         }
-        let failure = self.shared.failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let failure = self.shared.failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         Err(failure.unwrap_or_else(|| Error::Broken("a message failed before".to_owned())))
     }
 

@@ -16,4 +16,5 @@ mod network;
 mod networks;
 mod refusals;
 mod rereading;
+mod snapshots;
 mod stops;

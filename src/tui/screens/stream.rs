@@ -96,7 +96,7 @@ fn nothing_yet(scene: Scene) -> String {
     match (&cdc.waiting_for, cdc.step, &cdc.snapshot) {
         (Some(what), _, _) => format!("No message yet: capture waits for {what}."),
         (None, Step::Snapshot, Some(progress)) => {
-            format!("Reading what the bank holds: table {} of {}, {} rows.", progress.tables_done + 1, progress.tables, grouped(progress.rows))
+            format!("Reading what the bank holds: {} of {} tables done, {} rows.", progress.tables_done, progress.tables, grouped(progress.rows))
         }
         _ => "No topic yet. Capture makes them when the bank is there.".to_owned(),
     }

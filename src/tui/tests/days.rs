@@ -127,6 +127,11 @@ fn rows_from_before_are_told_with_their_share_and_the_time_left() {
         cdc::SnapshotProgress { tables: 5, tables_done: 1, rows: 1_200_000, rows_estimated: 5_000_000, seconds_left: Some(190), ..Default::default() };
     (now.cdc.snapshot, now.cdc.step) = (Some(progress), cdc::Step::Snapshot);
     assert_eq!(verdict(&now).text, "cdc reads what the source holds: table 2 of 5, 1,200,000 of about 5,000,000 rows, 24 %, 3 min left");
+    now.cdc.snapshot.as_mut().unwrap().reading = vec!["public.accounts".into(), "public.payments".into()];
+    assert_eq!(
+        verdict(&now).text,
+        "cdc reads what the source holds: public.accounts and 1 more at once, 1 of 5 tables done, 1,200,000 of about 5,000,000 rows, 24 %, 3 min left"
+    );
     now.cdc.step = cdc::Step::Streaming;
     assert_eq!(verdict(&now).level, Level::Well);
     now.cdc.incremental_snapshot = Some(cdc::IncrementalSnapshot { table: "public.accounts".into(), rows: 512, ..Default::default() });

@@ -212,6 +212,6 @@ fn of_payments(stream: &Stream, config: &Config) -> Vec<u64> {
     payments(stream, config).iter().filter_map(parsed).filter_map(|it| it["after"]["id"].as_u64()).collect()
 }
 
-fn port(database: &Database) -> u16 {
+pub(super) fn port(database: &Database) -> u16 {
     url::Url::parse(database.url.reveal()).expect("an address").port().unwrap_or(5432)
 }

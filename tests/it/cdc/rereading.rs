@@ -144,10 +144,12 @@ async fn what_cannot_be_read_again_is_refused_with_the_remedy() {
     let house = House::new("reread_refused").await;
     house.database.run("create table public.notes (text text);").await;
     let ask = async |table: &str| cdc::resnapshot(&house.database.url, &house.database.url, &house.config, table, true).await;
-    for (table, told) in [("public.nothing", "does not exist"), ("public.notes", "no primary key"), ("public.payments", "publication")] {
+    for (table, told) in [("public.nothing", "not among those"), ("public.notes", "no primary key"), ("public.payments", "publication")] {
         let error = ask(table).await.expect_err("it cannot");
         assert!(error.to_string().contains(told) && matches!(error.fault(), Fault::Operator(_)), "{error}");
     }
+    let mistyped = ask("paymnts").await.expect_err("it cannot");
+    assert!(matches!(mistyped.fault(), Fault::Operator(remedy) if remedy == "name one of them: public.payments, public.notes"), "{mistyped}");
 }
 
 #[tokio::test]
