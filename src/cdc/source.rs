@@ -131,10 +131,11 @@ pub async fn wal_position(source: &Secret) -> Result<Lsn, Error> {
 }
 
 pub(super) async fn flushed_wal(connection: &mut PgConnection) -> Result<Lsn, Error> {
-    let text: String = sqlx::query_scalar("select pg_current_wal_flush_lsn()::text")
-        .fetch_one(connection)
-        .await
-        .map_err(|source| Error::Sql { what: "read the source's WAL position", source })?;
+    let text: String = sqlx::query_scalar("select pg_current_wal_flush_lsn()::text").fetch_one(connection).await.map_err(|source| match &source {
+        // The only reason PostgreSQL has not to tell it.
+        sqlx::Error::Database(refusal) if refusal.code().as_deref() == Some("55000") => Error::Standby,
+        _ => Error::Sql { what: "read the source's WAL position", source },
+    })?;
     parse_lsn(&text)
 }
 

@@ -11,7 +11,9 @@ mod debezium;
 #[cfg(feature = "stack")]
 mod differential;
 mod encrypted;
+mod failover;
 mod house;
+mod malformed;
 mod network;
 mod networks;
 mod refusals;

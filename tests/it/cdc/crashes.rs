@@ -187,7 +187,7 @@ pub(super) async fn server_config(dir: &Path) -> postgres::Config {
 }
 
 /// Commits rows until stopped; a commit that breaks may or may not have taken place, as the table will tell.
-async fn write_on(url: Secret, stop: CancellationToken) {
+pub(super) async fn write_on(url: Secret, stop: CancellationToken) {
     use sqlx::Connection as _;
     let mut first_id = 1;
     while !stop.is_cancelled() {
