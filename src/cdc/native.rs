@@ -262,9 +262,11 @@ impl Capture {
         let decided = slot::decide(&self.config.slot, &self.source.database, found, progress);
         let (Err(Error::SlotMissing { slot }), Some(snapshot)) = (&decided, progress.and_then(|it| it.lsn)) else { return decided };
         let asking = topics::Topics::connect(&self.kafka)?;
-        let history = History::read(&asking, &self.topics, snapshot).await?;
-        let client = slot::connect(&self.source, slot, &self.config.publication).await?;
-        Err(history.why_missing(&client, slot))
+        match History::read(&asking, &self.topics, snapshot).await {
+            Ok(history) => Err(history.why_missing(&slot::connect(&self.source, slot, &self.config.publication).await?, slot)),
+            // Whatever the reason, changes are missing.
+            Err(unknown) => decided.inspect_err(|_| tracing::warn!(error = chain(&unknown), "nobody can say whether this is the server that had the slot")),
+        }
     }
 
     /// Makes the slot and takes the snapshot; each step is written down before the next.

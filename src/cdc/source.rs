@@ -115,6 +115,16 @@ impl Source {
     }
 }
 
+/// How long the state database may take for one of our statements: none of them takes a second, and a network that was cut
+/// without a word would be waited for for ever.
+const STATE_ANSWER_MAX: Duration = Duration::from_secs(30);
+
+/// What the state database answers. Without an answer the connection is of no use any more.
+pub(super) async fn answer<T>(asking: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+    let timed_out = |_| sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer within 30 s"));
+    tokio::time::timeout(STATE_ANSWER_MAX, asking).await.map_err(timed_out).and_then(|it| it)
+}
+
 /// A connection to the state database.
 pub(super) async fn connect_state(url: &Secret) -> Result<PgConnection, Error> {
     connect(&options(url)?, "connect to the state database").await
@@ -238,12 +248,21 @@ fn percent_decoded(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fault::Diagnose as _;
 
     #[test]
     fn an_address_is_taken_apart() {
         let source = Source::new(&Secret::new("postgres://bank%40x:p%25w%2Fd@db:6543/ledger?application_name=x")).expect("valid");
         assert_eq!((source.host.as_str(), source.port, source.user.as_str(), source.password.reveal()), ("db", 6543, "bank@x", "p%w/d"));
         assert_eq!(source.database, "ledger");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_state_database_that_does_not_answer_is_given_up() {
+        let silent = answer(std::future::pending::<Result<(), sqlx::Error>>()).await.expect_err("nobody answers");
+        let error = Error::Sql { what: "keep the snapshot's progress in the state database", source: silent };
+        assert!(error.fault() == crate::fault::Fault::Transient && crate::fault::chain(&error).ends_with("no answer within 30 s"), "{error:?}");
+        assert!(answer(std::future::ready(Ok(()))).await.is_ok());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod applying;
 mod bytes;
+mod clocks;
 mod connect;
 mod contract;
 mod crashes;
