@@ -260,7 +260,7 @@ mod tests {
     #[test]
     fn clocks_that_part_are_told_once_and_again_when_they_agree() {
         let mut clocks = Clocks::default();
-        let at = |seconds| DateTime::from_timestamp(1_795_000_000 + seconds, 0).expect("a time");
+        let at = |seconds: i64| DateTime::from_timestamp(1_795_000_000 + seconds, 0).expect("a time");
         let apart = [(0, 30), (0, 61), (61, 0), (40, 0)].map(|(ours, theirs)| (clocks.compare(at(ours), at(theirs)), clocks.told));
         assert_eq!(apart, [(false, false), (true, true), (true, true), (false, false)]);
     }

@@ -121,8 +121,12 @@ const STATE_ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// What the state database answers. Without an answer the connection is of no use any more.
 pub(super) async fn answer<T>(asking: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
-    let timed_out = |_| sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer within 30 s"));
-    tokio::time::timeout(STATE_ANSWER_MAX, asking).await.map_err(timed_out).and_then(|it| it)
+    within(STATE_ANSWER_MAX, asking).await
+}
+
+async fn within<T>(max: Duration, asking: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+    let timed_out = |_| sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {} s", max.as_secs())));
+    tokio::time::timeout(max, asking).await.map_err(timed_out).and_then(|it| it)
 }
 
 /// A connection to the state database.
@@ -219,9 +223,7 @@ fn tls(options: &PgConnectOptions, url: &url::Url) -> TlsConfig {
 }
 
 async fn connect(options: &PgConnectOptions, what: &'static str) -> Result<PgConnection, Error> {
-    let connecting = tokio::time::timeout(CONNECT_MAX, PgConnection::connect_with(options)).await;
-    let timed_out = |_| sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer within 10 s"));
-    connecting.map_err(timed_out).and_then(|it| it).map_err(|source| Error::Sql { what, source })
+    within(CONNECT_MAX, PgConnection::connect_with(options)).await.map_err(|source| Error::Sql { what, source })
 }
 
 /// `%40` → `@`.
@@ -248,7 +250,7 @@ fn percent_decoded(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fault::Diagnose as _;
+    use crate::fault::{Diagnose as _, Fault, chain};
 
     #[test]
     fn an_address_is_taken_apart() {
@@ -257,11 +259,11 @@ mod tests {
         assert_eq!(source.database, "ledger");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_state_database_that_does_not_answer_is_given_up() {
-        let silent = answer(std::future::pending::<Result<(), sqlx::Error>>()).await.expect_err("nobody answers");
+    #[tokio::test]
+    async fn a_database_that_does_not_answer_is_given_up() {
+        let silent = within(Duration::from_millis(1), std::future::pending::<Result<(), sqlx::Error>>()).await.expect_err("nobody answers");
         let error = Error::Sql { what: "keep the snapshot's progress in the state database", source: silent };
-        assert!(error.fault() == crate::fault::Fault::Transient && crate::fault::chain(&error).ends_with("no answer within 30 s"), "{error:?}");
+        assert!(error.fault() == Fault::Transient && chain(&error).contains("state database: no answer within"), "{error:?}");
         assert!(answer(std::future::ready(Ok(()))).await.is_ok());
     }
 
