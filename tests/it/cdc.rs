@@ -11,7 +11,7 @@ mod days;
 mod debezium;
 #[cfg(feature = "stack")]
 mod differential;
-mod encrypted;
+pub(crate) mod encrypted;
 mod failover;
 mod house;
 mod malformed;

@@ -8,7 +8,6 @@ use ledgerline::{
     },
 };
 
-
 use super::{bank::Bank, ground::Ground};
 
 async fn settle(mark: &Mark, bank: &Bank, ground: &Ground) -> Report {
