@@ -120,13 +120,15 @@ impl Source {
 const STATE_ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// What the state database answers. Without an answer the connection is of no use any more.
-pub(super) async fn answer<T>(asking: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
-    within(STATE_ANSWER_MAX, asking).await
+pub(super) fn answer<T>(asking: impl Future<Output = Result<T, sqlx::Error>>) -> impl Future<Output = Result<T, sqlx::Error>> {
+    within(STATE_ANSWER_MAX, asking)
 }
 
-async fn within<T>(max: Duration, asking: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
-    let timed_out = |_| sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {} s", max.as_secs())));
-    tokio::time::timeout(max, asking).await.map_err(timed_out).and_then(|it| it)
+fn within<T>(max: Duration, asking: impl Future<Output = Result<T, sqlx::Error>>) -> impl Future<Output = Result<T, sqlx::Error>> {
+    // On the heap: whoever waits for it would carry all of it in each future on the way.
+    let asking = Box::pin(asking);
+    let timed_out = move |_| sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {} s", max.as_secs())));
+    async move { tokio::time::timeout(max, asking).await.map_err(timed_out).and_then(|it| it) }
 }
 
 /// A connection to the state database.

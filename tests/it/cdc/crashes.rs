@@ -101,14 +101,16 @@ impl Process {
     /// Waits until it says that it waits for something with this in it.
     #[cfg(feature = "stack")]
     pub(super) fn until_told(&self, what: &str) -> String {
-        let until = std::time::Instant::now() + PATIENCE;
-        loop {
-            let line = self.lines.recv_timeout(until.saturating_duration_since(std::time::Instant::now())).expect("it is told in time");
-            println!("it waits: {line}");
+        use std::time::Instant;
+
+        let (until, mut told) = (Instant::now() + PATIENCE, Vec::new());
+        while let Ok(line) = self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
             if line.contains(what) {
                 return line;
             }
+            told.push(line);
         }
+        panic!("{what} is not told: {told:?}")
     }
 
     pub(super) fn kill(mut self) {

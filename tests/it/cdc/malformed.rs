@@ -90,7 +90,6 @@ async fn a_description_of_a_table_that_cannot_be_read_is_the_end_whatever_is_tol
     database.run("insert into payments values (1, 1.00, 'x');").await;
     let error = capture.ended().await.expect_err("all rows after it would be misread");
     let Fault::Operator(remedy) = error.fault() else { panic!("no remedy for: {}", chain(&error)) };
-    println!("{}: {remedy}", chain(&error));
     assert!(chain(&error).contains("cannot be read") && remedy.contains("read again"), "{}: {remedy}", chain(&error));
     network.alter(None);
     let capture = start();
