@@ -20,14 +20,17 @@ const TYPE_DEPTH_MAX: usize = 8;
 /// Refuses a server that cannot do what we need.
 pub(super) async fn check_server(connection: &mut PgConnection) -> Result<(), Error> {
     let sql = |source| Error::Sql { what: "ask the source for its version", source };
-    let (version, wal_level): (String, String) =
-        sqlx::query_as("select current_setting('server_version_num'), current_setting('wal_level')").fetch_one(connection).await.map_err(sql)?;
+    const ASK: &str = "select current_setting('server_version_num'), current_setting('wal_level'), pg_is_in_recovery()";
+    let (version, wal_level, is_standby): (String, String, bool) = sqlx::query_as(ASK).fetch_one(connection).await.map_err(sql)?;
     let version: i32 = version.parse().unwrap_or_default();
     if version < 150_000 {
         return Err(Error::OldServer { found: version / 10_000 });
     }
     if wal_level != "logical" {
         return Err(Error::WalLevel { found: wal_level });
+    }
+    if is_standby {
+        return Err(Error::Standby);
     }
     Ok(())
 }

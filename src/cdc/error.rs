@@ -39,6 +39,11 @@ pub enum Error {
     NoKey { table: String },
     #[error("the connector reads tables again by signals of Debezium's own")]
     EngineCannot,
+    #[error(
+        "the source is a standby, which only follows another server: it is waited for until it takes over, or the address of the source leads to \
+         the primary"
+    )]
+    Standby,
     #[error("no table matches cdc.tables")]
     NoTables,
     #[error("the user of source.url may not read table {table}")]
@@ -63,6 +68,12 @@ pub enum Error {
     Restored { expected: Lsn, found: Lsn },
     #[error("the source is another server than the one that was captured: its system identifier is {found}, not {expected}")]
     OtherServer { expected: u64, found: u64 },
+    #[error("replication slot {slot} is not on this server: it is on timeline {now}, and what was captured last was on timeline {before}")]
+    SlotLeftBehind { slot: String, before: u32, now: u32 },
+    #[error("the source took over where timeline {before} had come to {found}, but we captured that timeline up to {expected}")]
+    LateHeir { before: u32, expected: Lsn, found: Lsn },
+    #[error("the source is on timeline {now}, and timeline {before}, which was captured last, is no part of its history")]
+    OtherTimeline { before: u32, now: u32 },
     #[error("the source has been silent for {} s, and the network did not say that it is gone", .0.as_secs())]
     Silent(std::time::Duration),
     #[error("replication slot {slot} does not belong to our connection any more, and the network did not say so")]
@@ -73,7 +84,7 @@ pub enum Error {
     Progress { reason: &'static str },
     #[error("the replication stream ended")]
     Ended,
-    #[error("the stream is not what PostgreSQL's pgoutput sends at {lsn}")]
+    #[error("a message of the replication stream at {lsn} cannot be read, and the rows behind it cannot be read without it")]
     Decode {
         lsn: Lsn,
         #[source]
@@ -162,6 +173,8 @@ pub enum Poison {
 const NEW_SNAPSHOT: &str = "the changes since then are gone, so the tables must be read anew: `ledgerline reset` starts embedded services over; \
                             on others set a new cdc.topic_prefix, and a warehouse.url whose database is empty";
 
+const FORMER_PRIMARY: &str = "If the former primary is whole, lead the address of the source back to it";
+
 impl Diagnose for Error {
     fn fault(&self) -> Fault {
         let operator = |text: String| Fault::Operator(text);
@@ -194,11 +207,24 @@ impl Diagnose for Error {
             }
             Self::SlotForeign { .. } => operator("name another cdc.slot".to_owned()),
             Self::SlotMoved { slot, .. } => operator(format!("somebody else consumed slot {slot}; {NEW_SNAPSHOT}")),
-            Self::Restored { .. } => operator(format!(
-                "the source is a backup that was brought back, or a standby that had not all commits when it took over: what it holds since \
-                 then is not what the topics hold; {NEW_SNAPSHOT}"
-            )),
+            Self::Restored { .. } => {
+                operator(format!("the source is a backup that was brought back: what it holds since then is not what the topics hold; {NEW_SNAPSHOT}"))
+            }
             Self::OtherServer { .. } => operator(format!("correct source.url; or if that server is meant: {NEW_SNAPSHOT}")),
+            Self::SlotLeftBehind { .. } => operator(format!(
+                "a standby took over without the slot. {FORMER_PRIMARY}; otherwise {NEW_SNAPSHOT}. So that the next standby keeps it (PostgreSQL 17 and \
+                 newer): there sync_replication_slots = on, hot_standby_feedback = on, primary_slot_name, and a dbname in primary_conninfo; on its \
+                 primary synchronized_standby_slots"
+            )),
+            Self::LateHeir { .. } => operator(format!(
+                "the standby that took over had not all commits that the topics hold, so what it wrote since is another history. {FORMER_PRIMARY}; \
+                 otherwise {NEW_SNAPSHOT}. synchronized_standby_slots on a primary (PostgreSQL 17 and newer) keeps changes from us until its standbys \
+                 have them"
+            )),
+            Self::OtherTimeline { .. } => operator(format!(
+                "this is a former primary that was replaced, or a restore to an earlier time: lead the address of the source to the server that took \
+                 over; or if this one is meant: {NEW_SNAPSHOT}"
+            )),
             Self::SlotBusy { .. } => operator("stop the other process, or name another cdc.slot here".to_owned()),
             Self::Progress { .. } => operator("repair the row in ledgerline.cdc_snapshot of the state database".to_owned()),
             Self::Unread { table, source } => unread_fault(table, source),
@@ -226,9 +252,14 @@ impl Diagnose for Error {
             Self::TaskFailed { remedy, .. } => operator(remedy.clone()),
             // The next try sees the tables as they are then.
             Self::SnapshotGone | Self::Dropped { .. } | Self::Rewritten { .. } | Self::Locked { .. } => Fault::Transient,
-            Self::Silent(_) | Self::Deserted { .. } => Fault::Transient,
+            Self::Silent(_) | Self::Deserted { .. } | Self::Standby => Fault::Transient,
             Self::ConnectAway { .. } | Self::ConnectorGone { .. } | Self::NotStopped { .. } | Self::Ended | Self::Thread(_) => Fault::Transient,
-            Self::Decode { .. } | Self::Panicked => Fault::Bug,
+            Self::Decode { .. } => operator(
+                "start the capture again: the slot still has the message, and it is read again. If it stops at the same place, nothing damaged it on \
+                 its way: report it as a bug, with the version of the server"
+                    .to_owned(),
+            ),
+            Self::Panicked => Fault::Bug,
             Self::Stream(error) => error.fault(),
             Self::Topics(error) => error.fault(),
         }

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use chrono::{DateTime, TimeDelta, Utc};
 use sqlx::PgConnection;
 use tokio::sync::watch;
 
@@ -23,6 +24,9 @@ const ANSWER_MAX: Duration = Duration::from_secs(5);
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// However short the server's own limit is: a sample may be slow.
 const SILENCE_MIN: Duration = Duration::from_secs(5);
+
+/// Clocks that are kept right differ by less, even where an answer takes seconds.
+const CLOCKS_APART: TimeDelta = TimeDelta::minutes(1);
 
 /// The rate at which a slot comes into danger is that of so long.
 const TREND: Duration = Duration::from_secs(60);
@@ -99,7 +103,7 @@ pub(super) async fn silence(mut seen: watch::Receiver<Option<Health>>) -> Error 
 pub(super) async fn watch(source: Source, slot: String, publication: String, seen: watch::Sender<Option<Health>>) {
     let mut connection = None;
     let mut members = Vec::new();
-    let mut trend = Trend::default();
+    let (mut trend, mut clocks) = (Trend::default(), Clocks::default());
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -109,8 +113,9 @@ pub(super) async fn watch(source: Source, slot: String, publication: String, see
         }
         let sampled = tokio::time::timeout(ANSWER_MAX, sample(&source, &slot, &publication, &mut members, connection.take())).await;
         match sampled {
-            Ok(Ok((mut health, open))) => {
+            Ok(Ok((mut health, theirs, open))) => {
                 connection = Some(open);
+                clocks.compare(Utc::now(), theirs);
                 if let Some(slot) = &mut health.slot {
                     slot.health.seconds_left = trend.seconds_left(Instant::now(), slot.health.safe_wal_bytes);
                 }
@@ -128,7 +133,13 @@ pub(super) async fn watch(source: Source, slot: String, publication: String, see
     }
 }
 
-async fn sample(source: &Source, slot: &str, publication: &str, members: &mut Vec<i64>, open: Option<PgConnection>) -> Result<(Health, PgConnection), Error> {
+async fn sample(
+    source: &Source,
+    slot: &str,
+    publication: &str,
+    members: &mut Vec<i64>,
+    open: Option<PgConnection>,
+) -> Result<(Health, DateTime<Utc>, PgConnection), Error> {
     let mut connection = match open {
         Some(open) => open,
         None => source.connect().await?,
@@ -137,8 +148,8 @@ async fn sample(source: &Source, slot: &str, publication: &str, members: &mut Ve
     let source_lsn = source::flushed_wal(&mut connection).await?;
     let publication_exists = admin::publication_exists(&mut connection, publication).await?;
     let unpublished = if publication_exists { taken_out(&mut connection, publication, members).await? } else { Vec::new() };
-    let silence_max = silence_borne(&mut connection).await?;
-    Ok((Health { slot, source_lsn, publication_exists, unpublished, silence_max }, connection))
+    let (silence_max, clock) = silence_borne(&mut connection).await?;
+    Ok((Health { slot, source_lsn, publication_exists, unpublished, silence_max }, clock, connection))
 }
 
 /// Compares the tables that were put into the publication by name with those of the last time. A table that was dropped leaves it, too.
@@ -161,10 +172,39 @@ async fn taken_out(connection: &mut PgConnection, publication: &str, members: &m
     Ok(left.into_iter().map(|(schema, table)| TableId { schema, table }).collect())
 }
 
-async fn silence_borne(connection: &mut PgConnection) -> Result<Option<Duration>, Error> {
-    let asked = sqlx::query_scalar("select setting::bigint from pg_settings where name = 'wal_sender_timeout'").fetch_one(connection).await;
-    let milliseconds: i64 = asked.map_err(|source| Error::Sql { what: "ask the source for wal_sender_timeout", source })?;
-    Ok(u64::try_from(milliseconds).ok().filter(|it| *it > 0).map(Duration::from_millis))
+/// How long the server bears silence, and what time it is there.
+async fn silence_borne(connection: &mut PgConnection) -> Result<(Option<Duration>, DateTime<Utc>), Error> {
+    const ASK: &str = "select setting::bigint, clock_timestamp() from pg_settings where name = 'wal_sender_timeout'";
+    let asked = sqlx::query_as(ASK).fetch_one(connection).await;
+    let (milliseconds, clock): (i64, _) = asked.map_err(|source| Error::Sql { what: "ask the source for wal_sender_timeout", source })?;
+    Ok((u64::try_from(milliseconds).ok().filter(|it| *it > 0).map(Duration::from_millis), clock))
+}
+
+/// Ours and the source's. Events tell both times, and Kafka goes by ours.
+#[derive(Debug, Default)]
+struct Clocks {
+    /// Whether it was told that they are apart.
+    told: bool,
+}
+
+impl Clocks {
+    /// Tells once when they part, and when they are together again. Whether they are apart.
+    fn compare(&mut self, ours: DateTime<Utc>, theirs: DateTime<Utc>) -> bool {
+        let apart = (ours - theirs).abs() > CLOCKS_APART;
+        if apart && !self.told {
+            tracing::warn!(
+                %ours,
+                %theirs,
+                remedy = "set the one that is wrong",
+                "this machine's clock and the source's are far apart; Kafka refuses messages from more than an hour ahead, and topics lose early by \
+                 their retention what seems old"
+            );
+        } else if self.told && !apart {
+            tracing::info!("this machine's clock and the source's agree again");
+        }
+        self.told = apart;
+        apart
+    }
 }
 
 /// How fast the WAL that may still be written becomes less.
@@ -215,6 +255,14 @@ mod tests {
         let mut hear = |active_pid| pulse.hear(Some(&seen(active_pid)), Instant::now());
         assert!(hear(Some(7)).is_ok());
         assert!([None, Some(8)].into_iter().all(|pid| matches!(hear(pid), Err(Error::Deserted { .. }))));
+    }
+
+    #[test]
+    fn clocks_that_part_are_told_once_and_again_when_they_agree() {
+        let mut clocks = Clocks::default();
+        let at = |seconds: i64| DateTime::from_timestamp(1_795_000_000 + seconds, 0).expect("a time");
+        let apart = [(0, 30), (0, 61), (61, 0), (40, 0)].map(|(ours, theirs)| (clocks.compare(at(ours), at(theirs)), clocks.told));
+        assert_eq!(apart, [(false, false), (true, true), (true, true), (false, false)]);
     }
 
     #[test]

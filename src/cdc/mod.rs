@@ -25,6 +25,7 @@ mod envelope;
 mod error;
 mod health;
 mod heartbeat;
+mod history;
 mod incremental;
 mod joining;
 mod json;

@@ -22,7 +22,7 @@ use super::{
     envelope::Envelope,
     error::Error,
     health::{self, Health, Pulse},
-    heartbeat::{self, Memory, Position},
+    history::History,
     incremental::{self, Finishing, Requests},
     joining::{self, Joined},
     patience::Patience,
@@ -58,8 +58,6 @@ const EVENTS_IN_A_ROW: usize = 512;
 const EVENTS_BY_CLOCK: usize = 64;
 /// How long a stop waits for the broker to acknowledge what was sent; what it does not is sent again next time.
 const STOP_MAX: Duration = Duration::from_secs(10);
-/// Heartbeats that are searched for the slot's position.
-const POSITIONS_READ: i64 = 2000;
 
 /// Captures until stopped. Cancel-safe like a crash: what was not confirmed is read again.
 ///
@@ -183,14 +181,15 @@ impl Capture {
         let mut connection = self.source.connect().await?;
         catalog::check_server(&mut connection).await?;
         let mut store = Store::open(&self.state, &self.config.topic_prefix).await?;
-        let wanted = catalog::wanted_tables(&mut connection, &self.config).await?;
         let progress = store.read().await?;
         let name = self.config.slot.clone();
         if let Some(pid) = self.served_by.take() {
             slot::let_go(&mut connection, &name, pid).await?;
         }
         let found = slot::wait_until_free(&mut connection, &name, |text| self.tell(control, Step::Connecting, Some(text))).await?;
-        let start = slot::decide(&name, &self.source.database, found.as_ref(), progress.as_ref())?;
+        // Before anything that another server would lack as well.
+        let start = self.decide(found.as_ref(), progress.as_ref()).await?;
+        let wanted = catalog::wanted_tables(&mut connection, &self.config).await?;
         self.wait_until_unlocked(&mut connection, &wanted, control).await?;
         let published = prepare::publish(&mut connection, &self.config, &wanted, matches!(start, Start::Resume { .. }), false).await?;
         self.stats.uncaptured = published.uncaptured;
@@ -210,7 +209,7 @@ impl Capture {
         let (client, snapshot, confirmed, last_commit) = match start {
             Start::Resume { snapshot, confirmed } => {
                 let mut client = slot::connect(&self.source, &name, &self.config.publication).await?;
-                let last_commit = self.recall(&asking, &mut client, snapshot, confirmed).await?;
+                let last_commit = History::read(&asking, &self.topics, snapshot).await?.recall(&mut client, &name, confirmed).await?;
                 (client, snapshot, confirmed, last_commit)
             }
             Start::Fresh | Start::Over => {
@@ -279,24 +278,15 @@ impl Capture {
         Ok((start, Some(Finishing { asking: topics::Topics::connect(&self.kafka)?, topics })))
     }
 
-    /// Asks the heartbeat topic whether the slot stands where we left it; the commit before its position.
-    async fn recall(&self, asking: &topics::Topics, client: &mut Replication, snapshot: Lsn, confirmed: Lsn) -> Result<Option<Lsn>, Error> {
-        let headers = asking.last_headers(&self.topics.heartbeat(), 0, heartbeat::HEADER, POSITIONS_READ).await?;
-        let positions: Vec<Position> = headers.iter().filter_map(|it| Position::from_header(it)).collect();
-        let server = client.server;
-        let end = match heartbeat::last_server(&positions, snapshot).filter(|it| it.timeline != server.timeline) {
-            None => client.wal_end,
-            Some(before) => slot::left_at(client, before.timeline).await?.unwrap_or_default(),
-        };
-        match heartbeat::recall(&positions, snapshot, confirmed, server, end) {
-            Memory::Known { last_commit } => Ok(last_commit),
-            Memory::Restored { furthest, end } => Err(Error::Restored { expected: furthest, found: end }),
-            Memory::Elsewhere { before } => Err(Error::OtherServer { expected: before, found: server.system_id }),
-            Memory::Moved { furthest } => Err(Error::SlotMoved { slot: self.config.slot.clone(), expected: furthest, found: confirmed }),
-            Memory::Blank => {
-                tracing::warn!(%confirmed, "the heartbeat topic has forgotten the slot's position, so nobody can say whether it was moved");
-                Ok(None)
-            }
+    /// Slot and progress together, and where the slot is missing whether this is the server that had it.
+    async fn decide(&self, found: Option<&Slot>, progress: Option<&Progress>) -> Result<Start, Error> {
+        let decided = slot::decide(&self.config.slot, &self.source.database, found, progress);
+        let (Err(Error::SlotMissing { slot }), Some(snapshot)) = (&decided, progress.and_then(|it| it.lsn)) else { return decided };
+        let asking = topics::Topics::connect(&self.kafka)?;
+        match History::read(&asking, &self.topics, snapshot).await {
+            Ok(history) => Err(history.why_missing(&slot::connect(&self.source, slot, &self.config.publication).await?, slot)),
+            // Whatever the reason, changes are missing.
+            Err(unknown) => decided.inspect_err(|_| tracing::warn!(error = chain(&unknown), "nobody can say whether this is the server that had the slot")),
         }
     }
 
@@ -411,6 +401,8 @@ impl Capture {
     /// Reads what the health task saw. A lost slot or publication ends the stage.
     fn see(&mut self, seen: Option<Health>) -> Result<(), Error> {
         let Some(seen) = seen else { return Ok(()) };
+        // Somebody dropped it, or the address leads to another server by now: opened again, the capture can tell which.
+        let Some(slot) = seen.slot else { return Err(Error::Deserted { slot: self.config.slot.clone() }) };
         self.stats.source_lsn = seen.source_lsn;
         if !seen.publication_exists {
             return Err(Error::PublicationMissing { publication: self.config.publication.clone() });
@@ -420,7 +412,6 @@ impl Capture {
         if let Some(table) = seen.unpublished.iter().find(captured) {
             return Err(Error::Unpublished { table: table.to_string(), publication: self.config.publication.clone() });
         }
-        let Some(slot) = seen.slot else { return Err(Error::SlotMissing { slot: self.config.slot.clone() }) };
         slot::require_alive(&self.config.slot, &slot)?;
         self.stats.slot = Some(slot.health);
         Ok(())

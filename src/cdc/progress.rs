@@ -4,7 +4,10 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection as _, PgConnection, Row as _, types::Json};
 
-use super::{error::Error, source};
+use super::{
+    error::Error,
+    source::{self, answer},
+};
 use crate::{
     change::Lsn,
     secret::Secret,
@@ -76,7 +79,7 @@ impl Store {
         let mut connection = source::connect_state(state).await?;
         let mut tries = 0;
         loop {
-            let result = sqlx::raw_sql(SCHEMA).execute(&mut connection).await;
+            let result = answer(sqlx::raw_sql(SCHEMA).execute(&mut connection)).await;
             tries += 1;
             match result {
                 Ok(_) => return Ok(Self { connection, topic_prefix: topic_prefix.to_owned() }),
@@ -90,7 +93,7 @@ impl Store {
     pub(super) async fn look(state: &Secret, topic_prefix: &str) -> Result<Option<Progress>, Error> {
         let mut store = Self { connection: source::connect_state(state).await?, topic_prefix: topic_prefix.to_owned() };
         let known: bool =
-            sqlx::query_scalar("select to_regclass('ledgerline.cdc_snapshot') is not null").fetch_one(&mut store.connection).await.map_err(failed)?;
+            answer(sqlx::query_scalar("select to_regclass('ledgerline.cdc_snapshot') is not null").fetch_one(&mut store.connection)).await.map_err(failed)?;
         let found = if known { store.read().await? } else { None };
         store.close().await;
         Ok(found)
@@ -100,7 +103,7 @@ impl Store {
         // An earlier version made the table without `tables_read`.
         const READ: &str = "select slot, lsn, finished_at, ends, nullif(to_jsonb(it) -> 'tables_read', 'null') as tables_read
             from ledgerline.cdc_snapshot it where topic_prefix = $1";
-        let row = sqlx::query(READ).bind(&self.topic_prefix).fetch_optional(&mut self.connection).await.map_err(failed)?;
+        let row = answer(sqlx::query(READ).bind(&self.topic_prefix).fetch_optional(&mut self.connection)).await.map_err(failed)?;
         let Some(row) = row else { return Ok(None) };
         let lsn: Option<i64> = row.try_get("lsn").map_err(failed)?;
         let ends: Option<Json<Vec<LaneEnd>>> = row.try_get("ends").map_err(failed)?;
@@ -119,7 +122,7 @@ impl Store {
         const BEGIN: &str = "insert into ledgerline.cdc_snapshot (topic_prefix, slot, started_at) values ($1, $2, now())
             on conflict (topic_prefix) do update set slot = excluded.slot, lsn = null, started_at = now(), finished_at = null, ends = null, tables_read = null";
         const ADD: &str = "alter table ledgerline.cdc_snapshot add column if not exists tables_read jsonb";
-        sqlx::raw_sql(ADD).execute(&mut self.connection).await.map_err(failed)?;
+        answer(sqlx::raw_sql(ADD).execute(&mut self.connection)).await.map_err(failed)?;
         self.write(sqlx::query(BEGIN).bind(&self.topic_prefix).bind(slot)).await
     }
 
@@ -148,7 +151,7 @@ impl Store {
     }
 
     async fn write(&mut self, statement: sqlx::query::Query<'_, sqlx::Postgres, sqlx::postgres::PgArguments>) -> Result<(), Error> {
-        statement.execute(&mut self.connection).await.map_err(failed).map(drop)
+        answer(statement.execute(&mut self.connection)).await.map_err(failed).map(drop)
     }
 }
 

@@ -270,6 +270,8 @@ pub(super) fn start_failed(name: &str, source: PgWireError) -> Error {
     if let PgWireError::Server(text) = &source {
         let slot = name.to_owned();
         match sql_state(text) {
+            // A standby keeps slots that it copies from its primary, and lets nobody read them until it takes over.
+            Some("55000") if text.contains("for logical decoding") => return Error::Standby,
             Some("55000") => return Error::SlotLost { slot, reason: text.clone() },
             Some("42704") if text.contains("publication") => return Error::PublicationMissing { publication: text.clone() },
             Some("42704") => return Error::SlotMissing { slot },

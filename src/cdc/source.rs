@@ -115,6 +115,22 @@ impl Source {
     }
 }
 
+/// How long the state database may take for one of our statements: none of them takes a second, and a network that was cut
+/// without a word would be waited for for ever.
+const STATE_ANSWER_MAX: Duration = Duration::from_secs(30);
+
+/// What the state database answers. Without an answer the connection is of no use any more.
+pub(super) fn answer<T>(asking: impl Future<Output = Result<T, sqlx::Error>>) -> impl Future<Output = Result<T, sqlx::Error>> {
+    within(STATE_ANSWER_MAX, asking)
+}
+
+fn within<T>(max: Duration, asking: impl Future<Output = Result<T, sqlx::Error>>) -> impl Future<Output = Result<T, sqlx::Error>> {
+    // On the heap: whoever waits for it would carry all of it in each future on the way.
+    let asking = Box::pin(asking);
+    let timed_out = move |_| sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {} s", max.as_secs())));
+    async move { tokio::time::timeout(max, asking).await.map_err(timed_out).and_then(|it| it) }
+}
+
 /// A connection to the state database.
 pub(super) async fn connect_state(url: &Secret) -> Result<PgConnection, Error> {
     connect(&options(url)?, "connect to the state database").await
@@ -131,10 +147,11 @@ pub async fn wal_position(source: &Secret) -> Result<Lsn, Error> {
 }
 
 pub(super) async fn flushed_wal(connection: &mut PgConnection) -> Result<Lsn, Error> {
-    let text: String = sqlx::query_scalar("select pg_current_wal_flush_lsn()::text")
-        .fetch_one(connection)
-        .await
-        .map_err(|source| Error::Sql { what: "read the source's WAL position", source })?;
+    let text: String = sqlx::query_scalar("select pg_current_wal_flush_lsn()::text").fetch_one(connection).await.map_err(|source| match &source {
+        // The only reason PostgreSQL has not to tell it.
+        sqlx::Error::Database(refusal) if refusal.code().as_deref() == Some("55000") => Error::Standby,
+        _ => Error::Sql { what: "read the source's WAL position", source },
+    })?;
     parse_lsn(&text)
 }
 
@@ -208,9 +225,7 @@ fn tls(options: &PgConnectOptions, url: &url::Url) -> TlsConfig {
 }
 
 async fn connect(options: &PgConnectOptions, what: &'static str) -> Result<PgConnection, Error> {
-    let connecting = tokio::time::timeout(CONNECT_MAX, PgConnection::connect_with(options)).await;
-    let timed_out = |_| sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer within 10 s"));
-    connecting.map_err(timed_out).and_then(|it| it).map_err(|source| Error::Sql { what, source })
+    within(CONNECT_MAX, PgConnection::connect_with(options)).await.map_err(|source| Error::Sql { what, source })
 }
 
 /// `%40` → `@`.
@@ -237,12 +252,21 @@ fn percent_decoded(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fault::{Diagnose as _, Fault, chain};
 
     #[test]
     fn an_address_is_taken_apart() {
         let source = Source::new(&Secret::new("postgres://bank%40x:p%25w%2Fd@db:6543/ledger?application_name=x")).expect("valid");
         assert_eq!((source.host.as_str(), source.port, source.user.as_str(), source.password.reveal()), ("db", 6543, "bank@x", "p%w/d"));
         assert_eq!(source.database, "ledger");
+    }
+
+    #[tokio::test]
+    async fn a_database_that_does_not_answer_is_given_up() {
+        let silent = within(Duration::from_millis(1), std::future::pending::<Result<(), sqlx::Error>>()).await.expect_err("nobody answers");
+        let error = Error::Sql { what: "keep the snapshot's progress in the state database", source: silent };
+        assert!(error.fault() == Fault::Transient && chain(&error).ends_with("no answer within 0 s"), "{error:?}");
+        assert!(answer(std::future::ready(Ok(()))).await.is_ok());
     }
 
     #[test]

@@ -132,7 +132,8 @@ impl Streaming {
             last_commit_at_us: 0,
             position: setup.confirmed,
             written: setup.confirmed,
-            written_at: Instant::now(),
+            // The first is due at once: it tells which server this is, should another stand behind the address next time.
+            written_at: Instant::now().checked_sub(setup.heartbeat).unwrap_or_else(Instant::now),
             setup,
             envelope,
             producer,

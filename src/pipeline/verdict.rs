@@ -225,7 +225,10 @@ fn waiting_stage(now: &Snapshot) -> Option<Verdict> {
         let broker = now.cdc.broker_away.then(|| format!("cdc: Kafka away · {waiting}"));
         // Who reads the WAL elsewhere does not fail here; what it waits for is all there is to say.
         let connector = now.cdc.connector.as_ref().and(now.cdc.waiting_for.as_ref()).map(|what| format!("cdc waits for {what}"));
-        lake.or(kafka).or(connector).or(broker).or(bank).or(dag)
+        // Ours waits out what passes by itself, and says what that is.
+        let interrupted = now.cdc.waiting_for.as_ref().filter(|_| now.cdc.connector.is_none() && now.cdc.step == cdc::Step::Connecting);
+        let cdc = interrupted.map(|why| format!("cdc waits: {why}"));
+        lake.or(kafka).or(connector).or(cdc).or(broker).or(bank).or(dag)
     };
     late_because(said.or_else(within)?)
 }

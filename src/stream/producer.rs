@@ -8,11 +8,12 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use chrono::{DateTime, Utc};
 use rdkafka::{
     ClientConfig, ClientContext, Message,
     config::RDKafkaLogLevel,
@@ -35,6 +36,11 @@ const QUEUE_MESSAGES: usize = 10_000;
 pub const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Bytes of one batch before it is compressed, where the topics take that much; those that we make take a multiple of it.
 const BATCH_BYTES: usize = 2 * 1024 * 1024;
+/// A broker that has not answered a request for so long is asked again on a new connection, as Java's producer has it: half of
+/// librdkafka's own limit, and still enough for a full batch at 140 kB/s.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// Without any acknowledgement for so long, messages that wait are worth a word.
+const SILENCE_TOLD: Duration = Duration::from_secs(15);
 /// How long a full queue is waited for before looking again, should its wake-up be missed.
 const FULL_QUEUE_WAIT: Duration = Duration::from_millis(50);
 
@@ -111,6 +117,18 @@ pub enum Error {
         #[source]
         source: KafkaError,
     },
+    #[error(
+        "the broker does not take the time of our messages to topic {topic}: this machine's clock says {}, which is too far from the broker's. \
+         Set the clock that is wrong (the topic's message.timestamp.after.max.ms is how far ahead ours may be); it is tried again meanwhile",
+        clock.format("%F %T UTC")
+    )]
+    Clock { topic: String, clock: DateTime<Utc> },
+    #[error(
+        "the broker takes no such message in topic {topic}: a compacted topic takes none without a key (set cleanup.policy = delete), and none takes \
+         one from far ahead, while this machine's clock says {}",
+        clock.format("%F %T UTC")
+    )]
+    Invalid { topic: String, clock: DateTime<Utc> },
     #[error("the producer broke: {0}")]
     Broken(String),
 }
@@ -119,7 +137,8 @@ impl Diagnose for Error {
     fn fault(&self) -> Fault {
         match self {
             Self::Setup(_) => Fault::Operator("correct stream.bootstrap_servers".to_owned()),
-            Self::Broken(_) => Fault::Transient,
+            // Clocks and topics are set right while we run.
+            Self::Broken(_) | Self::Clock { .. } | Self::Invalid { .. } => Fault::Transient,
             Self::Refused { topic, source } => match source.rdkafka_error_code() {
                 Some(RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::InvalidMessageSize) => {
                     Fault::Operator(format!("a row is larger than topic {topic} takes: raise max.message.bytes of the topic (and of the broker)"))
@@ -144,6 +163,7 @@ struct Shared {
     away: AtomicBool,
     /// Whether it is there and refuses us.
     hearing: Hearing,
+    acked: AtomicU64,
 }
 
 impl Shared {
@@ -185,6 +205,7 @@ impl ProducerContext for Deliveries {
     fn delivery(&self, result: &DeliveryResult<'_>, receipt: Arc<Receipt>) {
         match result {
             Ok(_) => {
+                self.0.acked.fetch_add(1, Ordering::Relaxed);
                 if self.0.away.load(Ordering::Relaxed) && self.0.away.swap(false, Ordering::Relaxed) {
                     tracing::info!("the broker is back");
                 }
@@ -192,7 +213,15 @@ impl ProducerContext for Deliveries {
                     self.0.bell.notify_one();
                 }
             }
-            Err((source, message)) => self.0.fail(Error::Refused { topic: message.topic().to_owned(), source: source.clone() }),
+            Err((source, message)) => {
+                let (topic, clock) = (message.topic().to_owned(), Utc::now());
+                self.0.fail(match source.rdkafka_error_code() {
+                    Some(RDKafkaErrorCode::InvalidTimestamp) => Error::Clock { topic, clock },
+                    // What the broker says of a batch's other messages, too, where it refuses one for its time.
+                    Some(RDKafkaErrorCode::InvalidRecord) => Error::Invalid { topic, clock },
+                    _ => Error::Refused { topic, source: source.clone() },
+                });
+            }
         }
     }
 }
@@ -202,6 +231,41 @@ pub struct Producer {
     /// None only while it is dropped.
     inner: Option<ThreadedProducer<Deliveries>>,
     shared: Arc<Shared>,
+    silence: Mutex<Silence>,
+}
+
+/// Whether a broker says nothing though messages wait for it: a network that was cut without a word looks like a slow broker.
+#[derive(Debug)]
+struct Silence {
+    acked: u64,
+    since: Instant,
+    told: bool,
+}
+
+impl Silence {
+    fn new(now: Instant) -> Self {
+        Self { acked: 0, since: now, told: false }
+    }
+
+    /// Whether it has been silent for long; told once.
+    fn lasts(&mut self, acked: u64, n_waiting: u64, now: Instant) -> bool {
+        if n_waiting == 0 || acked != self.acked {
+            if self.told {
+                tracing::info!("the broker acknowledges again");
+            }
+            *self = Self { acked, ..Self::new(now) };
+        }
+        let silent = now.saturating_duration_since(self.since) >= SILENCE_TOLD;
+        if silent && !self.told {
+            self.told = true;
+            tracing::warn!(
+                "the broker has acknowledged nothing for {} s, messages wait; a connection that a network forgot is given up after {} s",
+                SILENCE_TOLD.as_secs(),
+                SILENCE_MAX.as_secs()
+            );
+        }
+        silent
+    }
 }
 
 impl fmt::Debug for Producer {
@@ -218,7 +282,7 @@ impl Producer {
     pub fn new(access: impl Into<Access>, topic_bytes_max: usize) -> Result<Self, Error> {
         let shared = Arc::new(Shared::default());
         let inner = settings(&access.into(), topic_bytes_max).create_with_context(Deliveries(Arc::clone(&shared))).map_err(Error::Setup)?;
-        Ok(Self { inner: Some(inner), shared })
+        Ok(Self { inner: Some(inner), shared, silence: Mutex::new(Silence::new(Instant::now())) })
     }
 
     /// Puts a message into the queue, as part of an open batch. False: the queue is full, try again after [`Self::rung`].
@@ -292,9 +356,11 @@ impl Producer {
         u64::try_from(self.inner().in_flight_count()).unwrap_or(0)
     }
 
-    /// Whether the broker could not be reached when we last heard of it.
+    /// Whether the broker could not be reached when we last heard of it, or we have not heard of it for long.
     pub fn is_broker_away(&self) -> bool {
-        self.shared.away.load(Ordering::Relaxed)
+        let mut silence = self.silence.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let silent = silence.lasts(self.shared.acked.load(Ordering::Relaxed), self.n_waiting(), Instant::now());
+        silent || self.shared.away.load(Ordering::Relaxed)
     }
 }
 
@@ -336,6 +402,7 @@ fn settings(access: &Access, topic_bytes_max: usize) -> ClientConfig {
         .set("reconnect.backoff.ms", "50")
         .set("reconnect.backoff.max.ms", "1000")
         .set("retry.backoff.max.ms", "1000")
+        .set("socket.timeout.ms", SILENCE_MAX.as_millis().to_string())
         .set("socket.keepalive.enable", "true");
     settings
 }

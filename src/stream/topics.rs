@@ -225,6 +225,10 @@ impl Topics {
             let metadata = consumer.fetch_metadata(None, ANSWER_MAX)?;
             let mut lanes = Vec::new();
             for topic in metadata.topics().iter().filter(|it| topics.contains(it.name())) {
+                // Whoever took one that nobody leads yet for one without partitions would never look at them.
+                if let Some(error) = topic.error().map(RDKafkaErrorCode::from) {
+                    return Err(KafkaError::MetadataFetch(error));
+                }
                 let name: Arc<str> = topic.name().into();
                 for partition in topic.partitions() {
                     let (first, end) = consumer.fetch_watermarks(topic.name(), partition.id(), ANSWER_MAX)?;

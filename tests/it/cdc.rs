@@ -2,6 +2,7 @@
 
 mod applying;
 mod bytes;
+mod clocks;
 mod connect;
 mod contract;
 mod crashes;
@@ -10,8 +11,10 @@ mod days;
 mod debezium;
 #[cfg(feature = "stack")]
 mod differential;
-mod encrypted;
+pub(crate) mod encrypted;
+mod failover;
 mod house;
+mod malformed;
 mod network;
 mod networks;
 mod refusals;

@@ -8,7 +8,7 @@ use std::{
 
 use ledgerline::{
     dbt::{Command, Config, Error, Invocation, Kind, NodeEvent, RunResults, Status, TASKS, Target, Worker},
-    fault::{Diagnose as _, Fault},
+    fault::{self, Diagnose as _, Fault},
 };
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
@@ -16,7 +16,7 @@ use sqlx::{Connection as _, Executor as _, PgConnection};
 use tokio::{io::AsyncWriteExt as _, sync::mpsc};
 use tokio_util::sync::CancellationToken;
 
-use crate::house::Database;
+use crate::{cdc::encrypted::Guarded, house::Database};
 
 /// Far beyond what anything here takes; a test that hangs says so.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -145,6 +145,28 @@ fn copy_of_project() -> tempfile::TempDir {
     let copied = tempfile::tempdir().unwrap();
     copy(&project(), copied.path());
     copied
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_warehouse_that_wants_tls_gets_it_from_dbt() {
+    let (mut warehouse, work_dir) = (Warehouse::create("tls").await, tempfile::tempdir().unwrap());
+    warehouse.open_account("100.00").await;
+    let guarded = Guarded::before(&warehouse.database.url, &["localhost"]).await;
+    let run = async |query: &str| {
+        let target = Target::from_url(&guarded.url(&warehouse.database.url, "localhost", query)).unwrap();
+        let config = Config { project_dir: project(), ..Config::default() };
+        let worker = Worker::start(&python(), &config, target, work_dir.path()).await.unwrap();
+        invoke(&worker, Invocation::of_task("dbt_staging").unwrap()).await.map(|it| it.explain())
+    };
+    let verified = run(&format!("sslmode=verify-full&{}", guarded.authority())).await;
+    assert!(matches!(verified, Ok(None)), "{verified:?}");
+    let refused = run("sslmode=disable").await;
+    let said = match &refused {
+        Ok(outcome) => outcome.clone().unwrap_or_default(),
+        Err(error) => fault::chain(error),
+    };
+    assert!(said.contains("no encryption"), "{refused:?}");
+    warehouse.drop().await;
 }
 
 #[tokio::test]

@@ -56,6 +56,12 @@ pub(super) struct Reading {
 
 impl Capture {
     pub(super) async fn open(&mut self, control: &Control<Stats>) -> Result<Open, Error> {
+        // The connector works while nobody looks, and others are writing already: what it tells from this moment on is counted.
+        let asking = topics::Topics::connect(&self.kafka)?;
+        let sampling = self.boundaries_from.is_none().then(|| {
+            let (asking, boundaries) = (asking.clone(), BTreeSet::from([self.topics.boundaries()]));
+            AbortOnDropHandle::new(tokio::spawn(async move { asking.watermarks(boundaries).await }))
+        });
         let registrar = Registrar { rest: self.rest.clone(), source: &self.source, config: &self.config };
         registrar.require_plugin().await?;
         let mut connection = self.source.connect().await?;
@@ -65,9 +71,8 @@ impl Capture {
         let progress = store.read().await?;
         let slot = slot::find(&mut connection, &self.config.slot).await?;
         let found = registrar.look(slot, progress.as_ref()).await?;
-        let asking = topics::Topics::connect(&self.kafka)?;
-        if self.boundaries_from.is_none() {
-            let marks = asking.watermarks(BTreeSet::from([self.topics.boundaries()])).await?;
+        if let Some(sampling) = sampling {
+            let marks = sampling.await.map_err(|_| Error::Panicked)??;
             self.boundaries_from = marks.first().map(|(_, marks)| marks.end);
         }
         let start = found.start;

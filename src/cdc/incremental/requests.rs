@@ -5,7 +5,11 @@ use serde::Serialize;
 use sqlx::{Connection as _, PgConnection, Row as _, postgres::PgRow, types::Json};
 
 use crate::{
-    cdc::{error::Error, progress::Store, source},
+    cdc::{
+        error::Error,
+        progress::Store,
+        source::{self, answer},
+    },
     secret::Secret,
 };
 
@@ -49,15 +53,16 @@ impl Requests {
         // The schema is made where the first snapshot is written down.
         Store::open(state, topic_prefix).await?.close().await;
         let mut connection = source::connect_state(state).await?;
-        sqlx::raw_sql(TABLE).execute(&mut connection).await.map_err(failed)?;
+        answer(sqlx::raw_sql(TABLE).execute(&mut connection)).await.map_err(failed)?;
         Ok(Self { connection, topic_prefix: topic_prefix.to_owned() })
     }
 
     /// Makes nothing: without the table there are no requests.
     pub(in crate::cdc) async fn look(state: &Secret, topic_prefix: &str) -> Result<Option<Self>, Error> {
         let mut connection = source::connect_state(state).await?;
-        let known: bool =
-            sqlx::query_scalar("select to_regclass('ledgerline.cdc_incremental_snapshot') is not null").fetch_one(&mut connection).await.map_err(failed)?;
+        let known: bool = answer(sqlx::query_scalar("select to_regclass('ledgerline.cdc_incremental_snapshot') is not null").fetch_one(&mut connection))
+            .await
+            .map_err(failed)?;
         Ok(known.then(|| Self { connection, topic_prefix: topic_prefix.to_owned() }))
     }
 
@@ -66,7 +71,7 @@ impl Requests {
         const ASK: &str = "insert into ledgerline.cdc_incremental_snapshot (topic_prefix, table_name)
             select $1, $2 where not exists (select from ledgerline.cdc_incremental_snapshot
                 where topic_prefix = $1 and table_name = $2 and finished_at is null and failure is null)";
-        sqlx::query(ASK).bind(&self.topic_prefix).bind(table).execute(&mut self.connection).await.map_err(failed)?;
+        answer(sqlx::query(ASK).bind(&self.topic_prefix).bind(table).execute(&mut self.connection)).await.map_err(failed)?;
         self.waiting().await?.into_iter().find(|it| it.table == table).ok_or(Error::Progress { reason: "a request that was just written is gone" })
     }
 
@@ -81,7 +86,7 @@ impl Requests {
     }
 
     async fn select(&mut self, statement: &'static str) -> Result<Vec<Request>, Error> {
-        let rows = sqlx::query(statement).bind(&self.topic_prefix).fetch_all(&mut self.connection).await.map_err(failed)?;
+        let rows = answer(sqlx::query(statement).bind(&self.topic_prefix).fetch_all(&mut self.connection)).await.map_err(failed)?;
         rows.iter().map(request).collect()
     }
 
@@ -93,17 +98,17 @@ impl Requests {
     pub(super) async fn note(&mut self, id: i64, key: &[String], rows: u64) -> Result<(), Error> {
         const NOTE: &str = "update ledgerline.cdc_incremental_snapshot set after_key = $2, rows = $3 where id = $1";
         let noted = sqlx::query(NOTE).bind(id).bind(Json(key)).bind(i64::try_from(rows).unwrap_or(i64::MAX));
-        noted.execute(&mut self.connection).await.map_err(failed).map(drop)
+        answer(noted.execute(&mut self.connection)).await.map_err(failed).map(drop)
     }
 
     pub(super) async fn finish(&mut self, id: i64, rows: u64) -> Result<(), Error> {
         const FINISH: &str = "update ledgerline.cdc_incremental_snapshot set finished_at = now(), rows = $2 where id = $1";
-        sqlx::query(FINISH).bind(id).bind(i64::try_from(rows).unwrap_or(i64::MAX)).execute(&mut self.connection).await.map_err(failed).map(drop)
+        answer(sqlx::query(FINISH).bind(id).bind(i64::try_from(rows).unwrap_or(i64::MAX)).execute(&mut self.connection)).await.map_err(failed).map(drop)
     }
 
     pub(super) async fn fail(&mut self, id: i64, reason: &str) -> Result<(), Error> {
         const FAIL: &str = "update ledgerline.cdc_incremental_snapshot set failure = $2 where id = $1";
-        sqlx::query(FAIL).bind(id).bind(reason).execute(&mut self.connection).await.map_err(failed).map(drop)
+        answer(sqlx::query(FAIL).bind(id).bind(reason).execute(&mut self.connection)).await.map_err(failed).map(drop)
     }
 
     pub(in crate::cdc) async fn close(self) {

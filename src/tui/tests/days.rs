@@ -121,6 +121,16 @@ fn a_slot_that_will_be_lost_within_the_hour_is_told_with_the_time_left() {
 }
 
 #[test]
+fn a_capture_that_waits_for_its_source_or_a_clock_says_so() {
+    let mut now = busy();
+    (now.cdc.step, now.cdc.waiting_for) = (cdc::Step::Connecting, Some("the source is a standby, which only follows another server".into()));
+    assert_eq!((verdict(&now).level, said(&now).as_str()), (Level::Late, "cdc waits: the source is a standby, which only follows another server"));
+    // What it says while it streams is over.
+    now.cdc.step = cdc::Step::Streaming;
+    assert_eq!(verdict(&now).level, Level::Well);
+}
+
+#[test]
 fn rows_from_before_are_told_with_their_share_and_the_time_left() {
     let mut now = busy();
     let progress =

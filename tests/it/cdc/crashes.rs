@@ -2,10 +2,11 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    io::{BufRead as _, BufReader, Read as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     os::unix::fs::PermissionsExt as _,
     path::Path,
     process::{Child, Command, Stdio},
+    sync::mpsc,
     time::Duration,
 };
 
@@ -21,6 +22,7 @@ use rand_chacha::ChaCha8Rng;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgConnection};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -49,49 +51,91 @@ fn a_capture_in_a_process_of_its_own() {
     });
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let ended = runtime.block_on(async {
-        let (_handle, control) = stage::control(Stats::default(), Phase::Running, &CancellationToken::new());
+        let (handle, control) = stage::control(Stats::default(), Phase::Running, &CancellationToken::new());
         println!("\n{BEGUN}");
+        tokio::spawn(tell(handle.stats));
         cdc::run(source.clone(), source, broker, stream::Config::default(), config, control).await
     });
     ended.expect("it runs until it is killed");
 }
 
-struct Process(Child);
+/// Says what the capture waits for, one line for each.
+async fn tell(mut stats: watch::Receiver<Stats>) {
+    let mut told = None;
+    while stats.changed().await.is_ok() {
+        let waiting_for = stats.borrow_and_update().waiting_for.clone();
+        if let Some(waiting_for) = waiting_for.filter(|it| told.as_ref() != Some(it)) {
+            // Nobody may listen.
+            let _ = writeln!(std::io::stdout(), "{waiting_for}");
+            told = Some(waiting_for);
+        }
+    }
+}
+
+pub(super) struct Process {
+    child: Child,
+    /// What it said that it waits for.
+    #[cfg_attr(not(feature = "stack"), expect(dead_code, reason = "only what the real broker refuses is told so"))]
+    lines: mpsc::Receiver<String>,
+}
 
 impl Process {
     fn start(database: &Database, broker: &str, config: &Config) -> Self {
+        Self::start_with(database, broker, config, &[])
+    }
+
+    pub(super) fn start_with(database: &Database, broker: &str, config: &Config, environment: &[(&str, String)]) -> Self {
         let mut command = Command::new(std::env::current_exe().expect("this test"));
         command.args(["--exact", "cdc::crashes::a_capture_in_a_process_of_its_own", "--nocapture"]);
         command.env(SOURCE, database.url.reveal()).env(BROKER, broker).env(CONFIG, serde_json::to_string(config).expect("JSON"));
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
         let mut lines = BufReader::new(child.stdout.take().expect("its output")).lines();
         assert!(lines.any(|line| line.is_ok_and(|it| it == BEGUN)), "it begins");
-        Self(child)
+        let (told, heard) = mpsc::channel();
+        // Ends with the process.
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| drop(told.send(line))));
+        Self { child, lines: heard }
     }
 
-    fn kill(mut self) {
-        assert!(self.0.try_wait().expect("a child of ours").is_none(), "it ended before it was killed");
-        self.0.kill().expect("killed");
-        self.0.wait().expect("a child of ours");
+    /// Waits until it says that it waits for something with this in it.
+    #[cfg(feature = "stack")]
+    pub(super) fn until_told(&self, what: &str) -> String {
+        use std::time::Instant;
+
+        let (until, mut told) = (Instant::now() + PATIENCE, Vec::new());
+        while let Ok(line) = self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            if line.contains(what) {
+                return line;
+            }
+            told.push(line);
+        }
+        panic!("{what} is not told: {told:?}")
+    }
+
+    pub(super) fn kill(mut self) {
+        assert!(self.child.try_wait().expect("a child of ours").is_none(), "it ended before it was killed");
+        self.child.kill().expect("killed");
+        self.child.wait().expect("a child of ours");
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
-/// Where a topic ends; 0 while nobody has made it.
+/// Where a topic ends; 0 while nobody has made it, or leads it.
 async fn end_of(asking: &Topics, topic: &str) -> i64 {
     if !asking.partitions().await.expect("the broker answers").iter().any(|(name, _)| name == topic) {
         return 0;
     }
-    asking.watermarks([topic.to_owned()].into()).await.expect("the broker answers").iter().map(|(_, it)| it.end).sum()
+    asking.watermarks([topic.to_owned()].into()).await.unwrap_or_default().iter().map(|(_, it)| it.end).sum()
 }
 
-async fn until_end(asking: &Topics, topic: &str, wanted: i64) {
+pub(super) async fn until_end(asking: &Topics, topic: &str, wanted: i64) {
     let reached = async {
         while end_of(asking, topic).await < wanted {
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -187,7 +231,7 @@ pub(super) async fn server_config(dir: &Path) -> postgres::Config {
 }
 
 /// Commits rows until stopped; a commit that breaks may or may not have taken place, as the table will tell.
-async fn write_on(url: Secret, stop: CancellationToken) {
+pub(super) async fn write_on(url: Secret, stop: CancellationToken) {
     use sqlx::Connection as _;
     let mut first_id = 1;
     while !stop.is_cancelled() {

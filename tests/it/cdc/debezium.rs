@@ -16,18 +16,19 @@ use ledgerline::{
     stream,
     units::Span,
 };
+use sqlx::Connection as _;
 use tokio::sync::RwLock;
 
 use super::{
     connect::serve,
     contract::holds_what_the_source_holds,
     days::PAYMENTS,
-    house::{Broker, Capture, Database, on_connect},
+    house::{Broker, Capture, Database, Reader, on_connect},
 };
 use crate::{
     binary::{PATIENCE, kill},
     house::on_server,
-    lane::stack,
+    lane::{Stream, stack, wait_for},
 };
 
 const TOPIC: &str = "public.payments";
@@ -102,6 +103,57 @@ async fn what_connect_rejects_is_told_field_by_field() {
     // Nothing was registered, so the right settings are a first start.
     let capture = Capture::start(&database, broker.address(), config.clone());
     streaming(&capture).await;
+    capture.stop().await;
+    cdc::remove(&database.url, &config, false).await.expect("removed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_snapshot_of_many_new_topics_comes_to_its_end() {
+    const TABLES: usize = 120;
+    let _worker = WORKER.read().await;
+    let database = Database::create("many").await;
+    let made = |n: usize| format!("create table t_{n} (id int primary key); insert into t_{n} select generate_series(1, {}); ", n % 3);
+    database.run(&(1..=TABLES).map(made).collect::<String>()).await;
+    // Whose topics nobody has made.
+    let stream = Stream::open().await;
+    let config = Config { topic_prefix: stream.prefix.clone(), ..on_connect(&database) };
+    let capture = Capture::start(&database, stream.address.clone(), config.clone());
+    let stats = streaming(&capture).await;
+    let rows: u64 = stats.tables.values().map(|it| it.reads).sum();
+    assert_eq!((stats.tables.len(), rows), (TABLES, (1..=TABLES as u64).map(|n| n % 3).sum()));
+    database.run("insert into t_1 values (100); insert into t_120 values (100);").await;
+    let stats = drained(&capture, &database).await;
+    assert_eq!(["public.t_1", "public.t_120"].map(|it| stats.tables[it].changes), [1, 1]);
+    capture.stop().await;
+    cdc::remove(&database.url, &config, false).await.expect("removed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_commits_while_a_capture_begins_again_is_counted() {
+    let _worker = WORKER.read().await;
+    let (database, broker, config) = payments("resumed").await;
+    let capture = Capture::start(&database, broker.address(), config.clone());
+    streaming(&capture).await;
+    capture.stop().await;
+    // The connector goes on meanwhile; behind a door at which a row is written, and its commit told, before anything is answered.
+    let (host, address, prefix) = (config.connect_url.trim_start_matches("http://").to_owned(), broker.address(), broker.prefix.clone());
+    let (source, written) = (database.url.clone(), Mutex::new(false));
+    let port = serve(None, move |request| {
+        if !std::mem::replace(&mut *written.lock().expect("no panic"), true) {
+            wait_for(async {
+                sqlx::raw_sql("insert into payments values (1, 1.00, 'at once')").execute(&mut sqlx::PgConnection::connect(source.reveal()).await?).await
+            })
+            .expect("written");
+            let mut reader = Reader::start(&address);
+            while !reader.read_on(&format!("{prefix}.transaction")).iter().any(|it| it.value.as_ref().is_some_and(|it| it.contains("public.payments"))) {}
+        }
+        forward(&host, request).unwrap_or_default()
+    });
+    let behind = Config { connect_url: format!("http://127.0.0.1:{port}"), ..config.clone() };
+    let capture = Capture::start(&database, broker.address(), behind);
+    streaming(&capture).await;
+    let stats = drained(&capture, &database).await;
+    assert_eq!(stats.tables.get("public.payments").map(|it| it.changes), Some(1));
     capture.stop().await;
     cdc::remove(&database.url, &config, false).await.expect("removed");
 }

@@ -14,7 +14,7 @@ use ledgerline::{
     fault::{Diagnose as _, Fault, chain},
     secret::Secret,
 };
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls::{ServerConfig, crypto::aws_lc_rs, pki_types::PrivateKeyDer};
 use tempfile::NamedTempFile;
 use tokio::{
@@ -28,12 +28,15 @@ use super::{
     days::PAYMENTS,
     house::{Broker, Capture, Database, config},
 };
+use crate::binary::Bank;
 
 /// An authority, as the file that names it, and what it has signed for some names.
 fn certified(names: &[&str]) -> (NamedTempFile, Arc<ServerConfig>) {
     // As the program does first of all.
     let _ = aws_lc_rs::default_provider().install_default();
     let mut parameters = CertificateParams::new(Vec::new()).expect("no names");
+    // Not the name that what it signs has by default: OpenSSL takes that for signed by itself.
+    parameters.distinguished_name.push(DnType::CommonName, "an authority");
     parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let key = KeyPair::generate().expect("a key");
     let mut authority = NamedTempFile::new().expect("a file");
@@ -49,7 +52,7 @@ fn certified(names: &[&str]) -> (NamedTempFile, Arc<ServerConfig>) {
 }
 
 /// A PostgreSQL that refuses whoever does not come encrypted.
-struct Guarded {
+pub(crate) struct Guarded {
     address: SocketAddr,
     /// Whose certificate it shows.
     authority: NamedTempFile,
@@ -58,8 +61,8 @@ struct Guarded {
 }
 
 impl Guarded {
-    async fn before(database: &Database, names: &[&str]) -> Self {
-        let server = url::Url::parse(database.url.reveal()).expect("an address");
+    pub(crate) async fn before(database: &Secret, names: &[&str]) -> Self {
+        let server = url::Url::parse(database.reveal()).expect("an address");
         let server = format!("{}:{}", server.host_str().expect("a host"), server.port().unwrap_or(5432));
         let (authority, config) = certified(names);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
@@ -75,15 +78,15 @@ impl Guarded {
     }
 
     /// The database by way of it.
-    fn url(&self, database: &Database, host: &str, query: &str) -> Secret {
-        let mut url = url::Url::parse(database.url.reveal()).expect("an address");
+    pub(crate) fn url(&self, database: &Secret, host: &str, query: &str) -> Secret {
+        let mut url = url::Url::parse(database.reveal()).expect("an address");
         url.set_host(Some(host)).expect("a host");
         url.set_port(Some(self.address.port())).expect("a port");
         url.set_query(Some(query));
         Secret::new(url)
     }
 
-    fn authority(&self) -> String {
+    pub(crate) fn authority(&self) -> String {
         format!("sslrootcert={}", self.authority.path().display())
     }
 }
@@ -124,7 +127,7 @@ async fn a_source_that_wants_tls_is_captured_by_every_mode_that_brings_it() {
     let database = Database::create("encrypted").await;
     database.run(PAYMENTS).await;
     let mut broker = Broker::start(&database, &["public.payments"], 1);
-    let guarded = Guarded::before(&database, &["localhost"]).await;
+    let guarded = Guarded::before(&database.url, &["localhost"]).await;
     let verified = |mode: &str| format!("sslmode={mode}&{}", guarded.authority());
     // With verify-ca whatever name the server has; `require` with an authority asks it, as libpq does.
     let ways = [
@@ -136,7 +139,7 @@ async fn a_source_that_wants_tls_is_captured_by_every_mode_that_brings_it() {
     ];
     for (n, (host, query)) in (1_i64..).zip(&ways) {
         let before = guarded.sessions.load(Ordering::Relaxed);
-        let source = guarded.url(&database, host, query);
+        let source = guarded.url(&database.url, host, query);
         let capture = Capture::start_as(&source, &database, broker.address(), config(&database));
         capture.until(query, |it| it.step == Step::Streaming).await;
         database.run(&format!("insert into payments values ({n}, 1.00, 'x');")).await;
@@ -152,7 +155,7 @@ async fn what_keeps_tls_from_coming_about_is_told_with_the_remedy() {
     let database = Database::create("unencrypted").await;
     database.run(PAYMENTS).await;
     let broker = Broker::start(&database, &["public.payments"], 1);
-    let guarded = Guarded::before(&database, &["db.bank.example"]).await;
+    let guarded = Guarded::before(&database.url, &["db.bank.example"]).await;
     let (other, _) = certified(&["db.bank.example"]);
     let other = format!("sslrootcert={}", other.path().display());
     let authority = guarded.authority();
@@ -164,7 +167,7 @@ async fn what_keeps_tls_from_coming_about_is_told_with_the_remedy() {
         ("sslmode=verify-full".to_owned(), "UnknownIssuer", "sslrootcert"),
         ("sslmode=verify-ca&sslrootcert=/nowhere/ca.pem".to_owned(), "/nowhere/ca.pem", "sslrootcert"),
     ] {
-        let (told, mended) = refused(&database, &broker, &guarded.url(&database, "127.0.0.1", &query)).await;
+        let (told, mended) = refused(&database, &broker, &guarded.url(&database.url, "127.0.0.1", &query)).await;
         assert!(told.contains(why) && mended.contains(remedy), "{query}: {told}: {mended}");
     }
     // A server that has none, asked for it.
@@ -172,4 +175,38 @@ async fn what_keeps_tls_from_coming_about_is_told_with_the_remedy() {
     plain.set_query(Some("sslmode=require"));
     let (told, mended) = refused(&database, &broker, &Secret::new(plain)).await;
     assert!(told.contains("does not support TLS") && mended.contains("sslmode"), "{told}: {mended}");
+}
+
+/// Nothing in this process prepares it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_program_itself_comes_encrypted_and_asks_for_the_authority() {
+    let database = Database::create("program").await;
+    database.run(PAYMENTS).await;
+    let broker = Broker::start(&database, &["public.payments"], 1);
+    let guarded = Guarded::before(&database.url, &["db.bank.example"]).await;
+    let (other, _) = certified(&["db.bank.example"]);
+    let apply = async |authority: &str| {
+        // Its password is none of the address's.
+        let mut source: url::Url = guarded.url(&database.url, "127.0.0.1", &format!("sslmode=verify-ca&{authority}")).reveal().parse().expect("an address");
+        let password = source.password().expect("one").to_owned();
+        source.set_password(None).expect("it has a place for one");
+        let mut state: url::Url = database.url.reveal().parse().expect("an address");
+        state.set_password(None).expect("it has a place for one");
+        let bank = Bank::new();
+        let name = &database.name;
+        bank.configure(&format!("[cdc]\ntables = [\"public.payments\"]\ntopic_prefix = \"{name}\"\nslot = \"{name}\"\npublication = \"{name}\"\n"));
+        let mut command = bank.command(&["cdc", "apply", "--json"]);
+        command.env("LEDGERLINE__STREAM__BOOTSTRAP_SERVERS", broker.address());
+        command.env("LEDGERLINE__SOURCE__URL", source.as_str()).env("LEDGERLINE__SOURCE__PASSWORD", &password);
+        command.env("LEDGERLINE__STATE__URL", state.as_str()).env("LEDGERLINE__STATE__PASSWORD", &password);
+        let output = tokio::task::spawn_blocking(move || command.output()).await.expect("it does not panic").expect("the program runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned() + &said)
+    };
+    let (code, said) = apply(&format!("sslrootcert={}", other.path().display())).await;
+    assert!(code != Some(0) && said.contains("sslrootcert"), "{code:?}: {said}");
+    let before = guarded.sessions.load(Ordering::Relaxed);
+    let (code, said) = apply(&guarded.authority()).await;
+    assert!(code == Some(0) && said.contains("\"slot_step\":\"made\""), "{code:?}: {said}");
+    assert!(guarded.sessions.load(Ordering::Relaxed) >= before + 2, "the connection that made the slot, too");
 }

@@ -60,6 +60,13 @@ impl Database {
         Self { name, url: Secret::new(url), server: server.to_owned() }
     }
 
+    /// The same by another address.
+    pub(super) fn known_as(self, url: Secret) -> Self {
+        let mut known = self;
+        known.url = url;
+        known
+    }
+
     pub(super) async fn connect(&self) -> PgConnection {
         PgConnection::connect(self.url.reveal()).await.expect("the test's database")
     }

@@ -15,6 +15,8 @@ use tokio::{
 /// What happens to the bytes.
 #[derive(Debug, Clone, Copy)]
 struct Weather {
+    /// The server's port: it is another one when a name leads to another server.
+    server: u16,
     /// Nothing passes; what was sent meanwhile passes later.
     still: bool,
     /// Connections of an earlier age are forgotten: nothing of them passes ever again, and nobody is told.
@@ -23,6 +25,8 @@ struct Weather {
     told: bool,
     /// Bytes a second and direction.
     rate: Option<u64>,
+    /// What passes changed on its way to clients, once found whole in what was read at once: from and to, equally long.
+    altered: Option<(&'static [u8], &'static [u8])>,
 }
 
 /// Ends with the runtime it was opened on.
@@ -46,14 +50,14 @@ impl Network {
     async fn open(server: u16, is_broker: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let port = listener.local_addr().expect("bound").port();
-        let weather = Arc::new(watch::Sender::new(Weather { still: false, age: 0, told: false, rate: None }));
+        let weather = Arc::new(watch::Sender::new(Weather { server, still: false, age: 0, told: false, rate: None, altered: None }));
         let seen = weather.subscribe();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
+                let Weather { server, age, .. } = *seen.borrow();
                 // A server that is down refuses, and so do we.
                 let Ok(upstream) = TcpStream::connect(("127.0.0.1", server)).await else { continue };
                 let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), upstream.into_split());
-                let age = seen.borrow().age;
                 tokio::spawn(Pump { from: from_client, to: to_server, to_client: false, weather: seen.clone(), age, ports: None }.run());
                 let ports = is_broker.then_some((server, port));
                 tokio::spawn(Pump { from: from_server, to: to_client, to_client: true, weather: seen.clone(), age, ports }.run());
@@ -93,6 +97,16 @@ impl Network {
         self.weather.send_modify(|it| (it.age, it.told) = (it.age + 1, true));
     }
 
+    /// The address leads to another server from now on. Open connections stay where they are.
+    pub(super) fn lead_to(&self, server: u16) {
+        self.weather.send_modify(|it| it.server = server);
+    }
+
+    /// Bytes are changed on their way to clients, wherever they are found.
+    pub(super) fn alter(&self, change: Option<(&'static [u8], &'static [u8])>) {
+        self.weather.send_modify(|it| it.altered = change);
+    }
+
     pub(super) fn slow(&self, bytes_a_second: Option<u64>) {
         self.weather.send_modify(|it| it.rate = bytes_a_second);
     }
@@ -129,10 +143,13 @@ impl Pump {
     }
 
     async fn pass(&mut self) {
-        while let Some(bytes) = self.next().await {
+        while let Some(mut bytes) = self.next().await {
             let Ok(weather) = self.weather.wait_for(|it| !it.still).await.map(|it| *it) else { return };
             if let Some(rate) = weather.rate {
                 tokio::time::sleep(Duration::from_micros(u64::try_from(bytes.len()).expect("small") * 1_000_000 / rate)).await;
+            }
+            if let Some((from, to)) = weather.altered.filter(|_| self.to_client) {
+                replace(&mut bytes, from, to);
             }
             let passed = if bytes.is_empty() { self.to.shutdown().await } else { self.to.write_all(&bytes).await };
             if passed.is_err() || bytes.is_empty() {
@@ -158,10 +175,14 @@ impl Pump {
         self.from.read_exact(&mut answer[4..]).await.ok()?;
         let address = |port: u16| [b"127.0.0.1", &u32::from(port).to_be_bytes()[..]].concat();
         let (theirs, ours) = (address(server), address(ours));
-        let places: Vec<usize> = answer.windows(theirs.len()).enumerate().filter(|(_, it)| **it == theirs[..]).map(|(at, _)| at).collect();
-        for at in places {
-            answer[at..at + ours.len()].copy_from_slice(&ours);
-        }
+        replace(&mut answer, &theirs, &ours);
         Some(answer)
+    }
+}
+
+fn replace(bytes: &mut [u8], from: &[u8], to: &[u8]) {
+    let places: Vec<usize> = bytes.windows(from.len()).enumerate().filter(|(_, it)| *it == from).map(|(at, _)| at).collect();
+    for at in places {
+        bytes[at..at + to.len()].copy_from_slice(to);
     }
 }

@@ -182,6 +182,27 @@ async fn a_broker_behind_a_cut_network_is_waited_for_with_the_slot_alive_a_bound
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn connections_to_the_broker_that_a_firewall_forgets_are_told_and_given_up_and_the_stream_goes_on() {
+    let database = Database::create("forgetful").await;
+    database.run(PAYMENTS).await;
+    let (stream, config) = own_broker(&database).await;
+    let network = Network::to_broker(&stream.address).await;
+    let capture = Capture::start(&database, network.address(), config.clone());
+    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    database.run("insert into payments values (1, 1.00, 'before');").await;
+    capture.drain(&database).await;
+
+    network.forget();
+    database.run("insert into payments select id, 1.00, 'behind' from generate_series(2, 500) id;").await;
+    capture.until("the silence is told", |it| it.broker_away && it.queued > 0).await;
+    let stats = capture.drain(&database).await;
+    assert_eq!((stats.reconnects, stats.dead_letters), (0, 0), "the source has nothing to do with it");
+    capture.until("it is there again", |it| !it.broker_away).await;
+    assert_eq!(of_payments(&stream, &config), (1..=500).collect::<Vec<_>>(), "each once, in order");
+    capture.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_slow_broker_makes_the_capture_slow_and_nothing_else() {
     const ROWS: u64 = 20_000;
     let database = brisk_database("slow", "2s").await;

@@ -19,7 +19,7 @@ use super::{
 use crate::lane::Stream;
 
 /// Ends with instructions for the operator, who reads the error and the remedy.
-async fn stops(capture: Capture, told: &[&str]) {
+pub(super) async fn stops(capture: Capture, told: &[&str]) {
     let error = capture.ended().await.expect_err("it stops");
     let Fault::Operator(remedy) = error.fault() else { panic!("no remedy for: {}", chain(&error)) };
     let read = format!("{}: {remedy}", chain(&error));
@@ -158,7 +158,7 @@ impl Own {
     }
 }
 
-fn copy(from: &Path, to: &Path) {
+pub(super) fn copy(from: &Path, to: &Path) {
     let copied = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().expect("cp");
     assert!(copied.success());
 }

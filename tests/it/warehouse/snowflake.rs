@@ -11,7 +11,7 @@ use ledgerline::{
 use url::Url;
 
 use super::{
-    contract::{CUSTOMERS, counts_the_money_of_the_source, loads_each_object_once, number},
+    contract::{CUSTOMERS, counts_the_money_of_the_source, loads_each_object_once, number, what_is_read_again_counts_only_where_nothing_else_is_known},
     ground::{Database, Ground, envelopes},
 };
 
@@ -105,6 +105,13 @@ async fn snowflake_loads_each_object_once() {
 async fn snowflake_counts_the_money_of_the_source() {
     let place = Place::new().await;
     Box::pin(counts_the_money_of_the_source(Box::pin(place.ground()).await)).await;
+    place.end().await;
+}
+
+#[tokio::test]
+async fn on_snowflake_what_is_read_again_counts_only_where_nothing_else_is_known() {
+    let place = Place::new().await;
+    Box::pin(what_is_read_again_counts_only_where_nothing_else_is_known(Box::pin(place.ground()).await)).await;
     place.end().await;
 }
 
