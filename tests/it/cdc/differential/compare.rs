@@ -13,12 +13,23 @@ pub(super) struct Difference {
 }
 
 impl Difference {
+    /// Debezium itself gave up on it.
+    pub(super) fn failure(why: &str) -> Self {
+        Self { topic: FAILURE.to_owned(), what: format!("Debezium's task fails: {why}") }
+    }
+
+    pub(super) fn is_failure(&self) -> bool {
+        self.topic == FAILURE
+    }
+
     /// Whether it is on a topic of that case, or about a transaction that changed its tables.
     pub(super) fn concerns(&self, place: usize) -> bool {
         let head = format!("{}.", schema(place));
         self.topic.starts_with(&head) || self.what.contains(&format!("\"{head}"))
     }
 }
+
+const FAILURE: &str = "no topic";
 
 type Comparable = (Option<String>, Option<String>, Vec<(String, String)>);
 

@@ -44,17 +44,11 @@ pub(super) struct Written {
 /// What an engine wrote, by topic without its prefix.
 pub(super) type Topics = BTreeMap<String, Vec<Written>>;
 
-pub(super) struct Outcome {
-    pub(super) ours: Topics,
-    pub(super) theirs: Topics,
+struct Outcome {
+    ours: Topics,
+    theirs: Topics,
     /// How many statements of each case were done, and how many PostgreSQL refused.
-    pub(super) done: Vec<(usize, usize)>,
-}
-
-impl Outcome {
-    pub(super) fn differences(&self) -> Vec<Difference> {
-        differences(&self.ours, &self.theirs)
-    }
+    done: Vec<(usize, usize)>,
 }
 
 /// Its topics are gone when dropped.
@@ -72,7 +66,59 @@ pub(super) fn schema(place: usize) -> String {
 
 const SENTINEL: &str = "cases.sentinel";
 
-pub(super) async fn both(cases: &[Case]) -> Outcome {
+/// Debezium itself gave up on what was done, and why: what its task's trace begins with, and its innermost cause.
+#[derive(Debug)]
+pub(super) struct TaskFailed(String);
+
+/// What became of one case.
+pub(super) struct Done {
+    pub(super) differences: Vec<Difference>,
+    pub(super) statements: usize,
+    pub(super) refused: usize,
+}
+
+/// All cases at once; where Debezium's task fails over some, by halves until it is known over which.
+pub(super) struct Run {
+    pub(super) done: Vec<Done>,
+    /// On topics of no case.
+    pub(super) shared: Vec<Difference>,
+    pub(super) messages: usize,
+}
+
+pub(super) async fn each(cases: &[Case]) -> Run {
+    let mut run = Run { done: Vec::new(), shared: Vec::new(), messages: 0 };
+    // The next range is the last.
+    let mut left = vec![0..cases.len()];
+    while let Some(range) = left.pop() {
+        match both(&cases[range.clone()]).await {
+            Ok(outcome) => run.take(&outcome),
+            Err(TaskFailed(why)) if range.len() == 1 => {
+                run.done.push(Done { differences: vec![Difference::failure(&why)], statements: 0, refused: 0 });
+            }
+            Err(TaskFailed(why)) => {
+                eprintln!("Debezium's task fails over one of {} cases, which is looked for: {why}", range.len());
+                let middle = range.start + range.len() / 2;
+                left.extend([middle..range.end, range.start..middle]);
+            }
+        }
+    }
+    run
+}
+
+impl Run {
+    fn take(&mut self, outcome: &Outcome) {
+        let differences = differences(&outcome.ours, &outcome.theirs);
+        for (place, (statements, refused)) in outcome.done.iter().copied().enumerate() {
+            let differences = differences.iter().filter(|it| it.concerns(place)).cloned().collect();
+            self.done.push(Done { differences, statements, refused });
+        }
+        let of_none = differences.into_iter().filter(|it| (0..outcome.done.len()).all(|place| !it.concerns(place)));
+        self.shared.extend(of_none);
+        self.messages += outcome.theirs.values().map(Vec::len).sum::<usize>();
+    }
+}
+
+async fn both(cases: &[Case]) -> Result<Outcome, TaskFailed> {
     let _worker = WORKER.read().await;
     let kafka = lane::stack().expect("the lane of the real servers").kafka();
     let database = Database::create("differential").await;
@@ -91,35 +137,48 @@ pub(super) async fn both(cases: &[Case]) -> Outcome {
 
     let mut native = Engine::start(&database, &kafka, config(&database), "n");
     let mut debezium = Engine::start(&database, &kafka, on_connect(&database), "d");
-    native.streaming(&database).await;
-    // Debezium tells no position behind its snapshot before something happened there, with heartbeats as rare as these.
-    debezium.began(&database, &mut connection).await;
-    let begin = sentinel(&mut connection).await;
-    confirmed(&mut connection, &debezium, begin).await;
-    let n_phases = cases.iter().map(|it| it.phases.len()).max().unwrap_or(0);
-    for at in 1..n_phases {
-        phase(&mut connection, cases, at, &mut done).await;
-        let end = sentinel(&mut connection).await;
-        for engine in [&native, &debezium] {
-            confirmed(&mut connection, engine, end).await;
-        }
-    }
-    let (ours, theirs) = (native.written(), debezium.written());
+    let captured = capture(&database, &mut connection, cases, (&mut native, &mut debezium), &mut done).await;
+    let written = captured.map(|()| (native.written(), debezium.written()));
     native.stop(&database).await;
     debezium.stop(&database).await;
-    Outcome { ours, theirs, done }
+    written.map(|(ours, theirs)| Outcome { ours, theirs, done })
+}
+
+async fn capture(
+    database: &Database,
+    connection: &mut PgConnection,
+    cases: &[Case],
+    (native, debezium): (&mut Engine, &mut Engine),
+    done: &mut [(usize, usize)],
+) -> Result<(), TaskFailed> {
+    native.streaming(database).await;
+    // Debezium tells no position behind its snapshot before something happened there, with heartbeats as rare as these.
+    debezium.began(database, connection).await?;
+    let begin = sentinel(connection).await;
+    confirmed(connection, debezium, begin).await?;
+    let n_phases = cases.iter().map(|it| it.phases.len()).max().unwrap_or(0);
+    for at in 1..n_phases {
+        phase(connection, cases, at, done).await;
+        let end = sentinel(connection).await;
+        for engine in [&*native, &*debezium] {
+            confirmed(connection, engine, end).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Waits until the engine has told its slot that the broker has all before that place.
-async fn confirmed(connection: &mut PgConnection, engine: &Engine, end: Lsn) {
+async fn confirmed(connection: &mut PgConnection, engine: &Engine, end: Lsn) -> Result<(), TaskFailed> {
     const CONFIRMED: &str = "select coalesce((confirmed_flush_lsn - '0/0')::bigint, 0) from pg_replication_slots where slot_name = $1";
     let deadline = Instant::now() + PATIENCE;
     let end = i64::try_from(end.0).expect("a position");
     while sqlx::query_scalar::<_, i64>(CONFIRMED).bind(&engine.config.slot).fetch_one(&mut *connection).await.expect("an answer") <= end {
+        engine.alive()?;
         let stats = engine.running().handle.stats.borrow().clone();
         assert!(Instant::now() < deadline, "{} does not get on: {stats:?}", engine.config.engine.as_str());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    Ok(())
 }
 
 /// A place in the WAL which only a commit behind everything so far lies behind.
@@ -186,16 +245,26 @@ impl Engine {
     }
 
     /// What is written from now on it will see as a change.
-    async fn began(&mut self, database: &Database, connection: &mut PgConnection) {
+    async fn began(&mut self, database: &Database, connection: &mut PgConnection) -> Result<(), TaskFailed> {
         const BEGAN: &str = "select exists (select from pg_replication_slots where slot_name = $1 and confirmed_flush_lsn is not null)";
         let deadline = Instant::now() + PATIENCE;
         while !sqlx::query_scalar::<_, bool>(BEGAN).bind(&self.config.slot).fetch_one(&mut *connection).await.expect("an answer") {
             assert!(Instant::now() < deadline, "{} has no slot yet", self.config.engine.as_str());
             tokio::time::sleep(Duration::from_millis(50)).await;
+            self.alive()?;
             if self.running().handle.stats.has_changed().is_err() {
                 self.start_again(database).await;
             }
         }
+        Ok(())
+    }
+
+    /// Whether its task goes on. It is restarted some times, in vain where what it reads is what it fails over.
+    fn alive(&self) -> Result<(), TaskFailed> {
+        let stats = self.running().handle.stats.borrow();
+        let tasks = stats.connector.iter().flat_map(|it| &it.tasks);
+        let failed = tasks.filter(|it| it.state == "FAILED").find_map(|it| it.trace.clone());
+        failed.map_or(Ok(()), |trace| Err(TaskFailed(trace)))
     }
 
     async fn streaming(&mut self, database: &Database) {
