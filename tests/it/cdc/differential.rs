@@ -34,6 +34,7 @@ async fn both_engines_write_the_same_whatever_is_done_to_a_database() {
         let run = run::each(&cases).await;
         messages += run.messages;
         for (case, it) in cases.into_iter().zip(run.done) {
+            let it = it.expect("each was judged");
             done += it.statements;
             refused += it.refused;
             if !it.differences.is_empty() {
@@ -54,7 +55,7 @@ async fn shown(failing: Vec<shrink::Failing>) -> String {
     let mut text = format!("the engines differ on {} seeds: {}\n", seeds.len(), seeds.join(","));
     // Where Debezium's task fails, each smaller case would take a start of its own.
     let (whole, differing): (Vec<_>, Vec<_>) = failing.into_iter().partition(|(_, it)| it.iter().any(Difference::is_failure));
-    let judge = async |cases: &[Case]| run::each(cases).await.done.into_iter().map(|it| it.differences).collect();
+    let judge = async |cases: &[Case]| run::each(cases).await.done.into_iter().map(|it| it.expect("each was judged").differences).collect();
     let shrunk = match std::env::var_os("LEDGERLINE_TEST_UNSHRUNK") {
         Some(_) => differing,
         None => shrink::all(differing.into_iter().take(SHRUNK_MAX).collect(), judge).await,

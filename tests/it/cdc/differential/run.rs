@@ -6,7 +6,7 @@ use std::{
 };
 
 use ledgerline::{
-    cdc::{self, Config, Step},
+    cdc::{self, Config, SkippedOperations, Step},
     change::Lsn,
     fault::{Diagnose as _, Fault},
     secret::Secret,
@@ -20,7 +20,7 @@ use rdkafka::{
 use sqlx::{AssertSqlSafe, PgConnection};
 
 use super::{
-    case::{Case, Statement},
+    case::{Case, Said, Statement, WRITERS},
     compare::{Difference, differences},
     types::PREAMBLE,
 };
@@ -79,38 +79,44 @@ pub(super) struct Done {
 
 /// All cases at once; where Debezium's task fails over some, by halves until it is known over which.
 pub(super) struct Run {
-    pub(super) done: Vec<Done>,
+    /// In the order of the cases.
+    pub(super) done: Vec<Option<Done>>,
     /// On topics of no case.
     pub(super) shared: Vec<Difference>,
     pub(super) messages: usize,
 }
 
 pub(super) async fn each(cases: &[Case]) -> Run {
-    let mut run = Run { done: Vec::new(), shared: Vec::new(), messages: 0 };
-    // The next range is the last.
-    let mut left = vec![0..cases.len()];
-    while let Some(range) = left.pop() {
-        match both(&cases[range.clone()]).await {
-            Ok(outcome) => run.take(&outcome),
-            Err(TaskFailed(why)) if range.len() == 1 => {
-                run.done.push(Done { differences: vec![Difference::failure(&why)], statements: 0, refused: 0 });
-            }
-            Err(TaskFailed(why)) => {
-                eprintln!("Debezium's task fails over one of {} cases, which is looked for: {why}", range.len());
-                let middle = range.start + range.len() / 2;
-                left.extend([middle..range.end, range.start..middle]);
-            }
+    let mut run = Run { done: cases.iter().map(|_| None).collect(), shared: Vec::new(), messages: 0 };
+    let of = |skips: bool| (0..cases.len()).filter(|it| cases[*it].skips_truncate == skips).collect::<Vec<usize>>();
+    // Places of cases; the next are the last.
+    let mut left = vec![of(true), of(false)];
+    while let Some(places) = left.pop() {
+        let batch: Vec<Case> = places.iter().map(|it| cases[*it].clone()).collect();
+        match (batch.as_slice(), places.as_slice()) {
+            ([], _) => {}
+            (batch, places) => match (both(batch).await, places) {
+                (Ok(outcome), places) => run.take(places, &outcome),
+                (Err(TaskFailed(why)), [place]) => {
+                    run.done[*place] = Some(Done { differences: vec![Difference::failure(&why)], statements: 0, refused: 0 });
+                }
+                (Err(TaskFailed(why)), places) => {
+                    eprintln!("Debezium's task fails over one of {} cases, which is looked for: {why}", places.len());
+                    let (first, second) = places.split_at(places.len() / 2);
+                    left.extend([second.to_vec(), first.to_vec()]);
+                }
+            },
         }
     }
     run
 }
 
 impl Run {
-    fn take(&mut self, outcome: &Outcome) {
+    fn take(&mut self, places: &[usize], outcome: &Outcome) {
         let differences = differences(&outcome.ours, &outcome.theirs);
         for (place, (statements, refused)) in outcome.done.iter().copied().enumerate() {
             let differences = differences.iter().filter(|it| it.concerns(place)).cloned().collect();
-            self.done.push(Done { differences, statements, refused });
+            self.done[places[place]] = Some(Done { differences, statements, refused });
         }
         let of_none = differences.into_iter().filter(|it| (0..outcome.done.len()).all(|place| !it.concerns(place)));
         self.shared.extend(of_none);
@@ -127,17 +133,25 @@ async fn both(cases: &[Case]) -> Result<Outcome, TaskFailed> {
     let mut done = vec![(0, 0); cases.len()];
     for (place, case) in cases.iter().enumerate() {
         let schema = schema(place);
-        let tables = case.tables.iter().flat_map(super::case::Table::statements);
-        let setup = [format!("create schema {schema}"), format!("set search_path to {schema}, public")].into_iter().chain(tables);
+        let setup = [format!("create schema {schema}"), format!("set search_path to {schema}, public")].into_iter().chain(case.setup());
         for sql in setup {
             sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(&mut connection).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
         }
     }
-    phase(&mut connection, cases, 0, &mut done).await;
+    let mut writers = Vec::new();
+    for _ in 0..WRITERS {
+        let mut writer = database.connect().await;
+        // One writer never goes on while the other waits for it: a lock that is not free is an error, the same in each run.
+        sqlx::raw_sql("set lock_timeout to '10ms'").execute(&mut writer).await.expect("a setting");
+        writers.push(writer);
+    }
+    phase(&mut writers, cases, 0, &mut done).await;
 
-    let mut native = Engine::start(&database, &kafka, config(&database), "n");
-    let mut debezium = Engine::start(&database, &kafka, on_connect(&database), "d");
-    let captured = capture(&database, &mut connection, cases, (&mut native, &mut debezium), &mut done).await;
+    let skipped_operations = if cases[0].skips_truncate { SkippedOperations::T } else { SkippedOperations::None };
+    let settings = |config: Config| Config { skipped_operations, ..config };
+    let mut native = Engine::start(&database, &kafka, settings(config(&database)), "n");
+    let mut debezium = Engine::start(&database, &kafka, settings(on_connect(&database)), "d");
+    let captured = capture(&database, (&mut connection, &mut writers), cases, (&mut native, &mut debezium), &mut done).await;
     let written = captured.map(|()| (native.written(), debezium.written()));
     native.stop(&database).await;
     debezium.stop(&database).await;
@@ -146,7 +160,7 @@ async fn both(cases: &[Case]) -> Result<Outcome, TaskFailed> {
 
 async fn capture(
     database: &Database,
-    connection: &mut PgConnection,
+    (connection, writers): (&mut PgConnection, &mut [PgConnection]),
     cases: &[Case],
     (native, debezium): (&mut Engine, &mut Engine),
     done: &mut [(usize, usize)],
@@ -158,7 +172,7 @@ async fn capture(
     confirmed(connection, debezium, begin).await?;
     let n_phases = cases.iter().map(|it| it.phases.len()).max().unwrap_or(0);
     for at in 1..n_phases {
-        phase(connection, cases, at, done).await;
+        phase(writers, cases, at, done).await;
         let end = sentinel(connection).await;
         for engine in [&*native, &*debezium] {
             confirmed(connection, engine, end).await?;
@@ -191,17 +205,21 @@ async fn sentinel(connection: &mut PgConnection) -> Lsn {
     Lsn(u64::try_from(at).expect("a position"))
 }
 
-async fn phase(connection: &mut PgConnection, cases: &[Case], at: usize, done: &mut [(usize, usize)]) {
+async fn phase(writers: &mut [PgConnection], cases: &[Case], at: usize, done: &mut [(usize, usize)]) {
     for (place, case) in cases.iter().enumerate() {
         let Some(statements) = case.phases.get(at) else { continue };
-        let path = format!("set search_path to {}, public", schema(place));
-        sqlx::raw_sql(AssertSqlSafe(path)).execute(&mut *connection).await.expect("a search path");
-        for statement in statements {
-            let is_done = execute(connection, statement).await;
+        for writer in &mut *writers {
+            let path = format!("set search_path to {}, public", schema(place));
+            sqlx::raw_sql(AssertSqlSafe(path)).execute(writer).await.expect("a search path");
+        }
+        for Said { by, statement } in statements {
+            let is_done = execute(&mut writers[*by], statement).await;
             if is_done { done[place].0 += 1 } else { done[place].1 += 1 }
         }
         // What shrinking left open; outside of a transaction a warning.
-        sqlx::raw_sql("commit").execute(&mut *connection).await.expect("an end");
+        for writer in &mut *writers {
+            sqlx::raw_sql("commit").execute(writer).await.expect("an end");
+        }
     }
 }
 
