@@ -437,7 +437,10 @@ impl Streaming {
         let transaction = self.transaction.as_mut().filter(|_| transactional);
         let (xid, at_us, order) =
             transaction.map_or((None, self.last_commit_at_us, None), |it| (Some(it.xid), it.committed_at_us, Some(it.count(NO_RELATION))));
-        // A message outside of transactions takes effect, and so ends, where it stands.
+        // A message outside of transactions takes effect, and so ends, where it stands: to Debezium that is a commit.
+        if !transactional {
+            self.last_commit = Some(lsn);
+        }
         let previous_commit = self.last_commit.map(|it| it.0);
         let origin = Origin { lsn: lsn.0, at_us, xid, previous_commit, snapshot: None, order: order.filter(|_| metadata) };
         self.envelope.write_message(prefix, content, &origin, self.now);
