@@ -10,7 +10,7 @@ use super::{
 
 const TABLE_NAMES: [&str; 8] = ["payments", "Mixed Case", "UPPER", "with-dash", "ünïcode", "quo\"ted", "select", "t_1"];
 const COLUMN_NAMES: [&str; 14] =
-    ["amount", "Mixed Case", "from", "with-dash", "ünïcode", "quo\"ted", "a.b", "UPPER", "x", "y", "before", "lsn", "long name with spaces", "emoji😀"];
+    ["amount", "Mixed Case", "from", "with-dash", "ünïcode", "quo\"ted", "a.b", "UPPER", "x", "y", "before", "op", "long name with spaces", "emoji😀"];
 /// Rows are known by these numbers.
 const N_NUMBERS: usize = 20;
 /// Seeds in a row that have the same settings, so that one run does them all.
@@ -185,16 +185,16 @@ impl Known {
         self.n_columns += 1;
         let not_null = chosen.may_be_required() && dice.in_hundred(30);
         let mut definition = chosen.name() + if not_null { " not null" } else { "" };
-        // Where the stream does not tell a NOT NULL column, Debezium puts its default; see `assets/cdc-types.md`.
-        let may_have_default = !not_null || self.tells_whole_rows();
-        let default = chosen.value(dice).filter(|_| may_have_default && dice.in_hundred(20));
-        definition.extend(default.iter().map(|it| format!(" default {}", literal(it))));
+        // Of functions all that is the same in both is what they never tell.
+        let default = chosen.value(dice).filter(|_| dice.in_hundred(30)).map(|it| match (chosen.of.name, chosen.array) {
+            ("timestamptz" | "timestamp" | "date", false) if dice.in_hundred(50) => "now()".to_owned(),
+            ("uuid", false) if dice.in_hundred(50) => "gen_random_uuid()".to_owned(),
+            ("text" | "varchar", false) if dice.in_hundred(30) => "lower('ABC')".to_owned(),
+            ("integer" | "bigint" | "numeric", false) if dice.in_hundred(30) => (*dice.one_of(&["1 + 1", "-7", "length('abc')", "42"])).to_owned(),
+            _ => literal(&it),
+        });
+        definition.extend(default.iter().map(|it| format!(" default {it}")));
         (KnownColumn { name: name.to_owned(), chosen, not_null, has_default: default.is_some() }, definition)
-    }
-
-    /// Whether what was before a change is told wholly or not at all.
-    fn tells_whole_rows(&self) -> bool {
-        matches!(self.table.identity, "full" | "nothing")
     }
 
     /// Somewhere among the others.

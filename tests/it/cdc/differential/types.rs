@@ -236,7 +236,7 @@ impl Chosen {
         if self.array {
             return LONG_ARRAYS_REQUIRED.contains(&self.of.name);
         }
-        self.of.name != "bit varying(1)"
+        !matches!(self.of.name, "bit varying(1)" | "sparsevec")
     }
 
     pub(super) fn name(self) -> String {
@@ -254,6 +254,16 @@ impl Chosen {
         }
     }
 
+    /// Of an array of these with a NULL in it Debezium makes null.
+    fn has_no_nulls_in_arrays(self) -> bool {
+        ["ltree", "tsvector", "isbn", "vector", "vector(2)", "halfvec", "sparsevec", "mood", "feeling", OWN_TYPE].contains(&self.of.name)
+    }
+
+    /// The others are null or objects one by one.
+    fn is_lost_in_arrays_of_arrays(self) -> bool {
+        matches!(self.of.name, "timetz" | "timetz(2)" | "line" | "lseg" | "box" | "path" | "polygon" | "circle")
+    }
+
     fn element(self, dice: &mut Dice) -> &'static str {
         loop {
             let value = dice.one_of(self.of.values);
@@ -269,12 +279,11 @@ impl Chosen {
             (values, false) => Some((*dice.one_of(values)).to_owned()),
             (_, true) => {
                 let n_elements = dice.below(4);
-                // Debezium makes an array of `ltree` that holds a NULL null.
-                let nulls = if self.of.name == "ltree" { 0 } else { 20 };
+                let nulls = if self.has_no_nulls_in_arrays() { 0 } else { 20 };
                 let one = |dice: &mut Dice| self.array_of((0..n_elements).map(|_| (!dice.in_hundred(nulls)).then(|| self.element(dice))));
                 let first = one(dice);
                 Some(match dice.below(12) {
-                    0 if n_elements > 0 => format!("{{{first}{}{}}}", self.of.delimiter(), one(dice)),
+                    0 if n_elements > 0 && nulls > 0 && !self.is_lost_in_arrays_of_arrays() => format!("{{{first}{}{}}}", self.of.delimiter(), one(dice)),
                     1 if n_elements == 3 => format!("[-1:1]={first}"),
                     _ => first,
                 })
