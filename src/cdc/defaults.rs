@@ -43,6 +43,12 @@ pub(super) fn absent(kind: Kind, type_oid: u32, is_enum: bool, expression: &str)
         Kind::One(Scalar::Numeric(scale)) => json::string(&mut out, &numeric(&text, (type_oid == 1700).then_some(scale).filter(|it| *it > 0))?),
         Kind::One(Scalar::Date | Scalar::TimestampMicros | Scalar::TimestampMillis | Scalar::TimestampWithZone(_)) if text.contains("infinity") => return None,
         Kind::One(Scalar::Bit) if text.is_empty() => return None,
+        // A default keeps digits for which its column has no room.
+        Kind::One(Scalar::TimestampWithZone(digits)) => {
+            let behind = text.split_once('.').map_or("", |it| it.1);
+            let own = behind.bytes().take_while(u8::is_ascii_digit).count();
+            Kind::One(Scalar::TimestampWithZone(digits.max(u8::try_from(own).unwrap_or(6)))).write(&mut out, &text).ok()?;
+        }
         kind => kind.write(&mut out, &text).ok()?,
     }
     Some(out)
@@ -127,6 +133,7 @@ mod tests {
             (1184, -1, "CURRENT_TIMESTAMP", Some("\"1970-01-01T00:00:00.000000Z\"")),
             (1184, -1, "(now() + '1 day'::interval)", Some("\"1970-01-01T00:00:00.000000Z\"")),
             (1184, -1, "'2026-01-01 00:00:00+00'::timestamp with time zone", Some("\"2026-01-01T00:00:00.000000Z\"")),
+            (1184, 0, "'1582-10-10 12:00:00.5+00'::timestamp with time zone", Some("\"1582-10-10T12:00:00.5Z\"")),
             (1184, -1, "'infinity'::timestamp with time zone", None),
             (1082, -1, "CURRENT_DATE", None),
             (1082, -1, "'2026-01-01'::date", Some("20454")),
