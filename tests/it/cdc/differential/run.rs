@@ -93,19 +93,19 @@ pub(super) async fn each(cases: &[Case]) -> Run {
     let mut left = vec![of(true), of(false)];
     while let Some(places) = left.pop() {
         let batch: Vec<Case> = places.iter().map(|it| cases[*it].clone()).collect();
-        match (batch.as_slice(), places.as_slice()) {
-            ([], _) => {}
-            (batch, places) => match (both(batch).await, places) {
-                (Ok(outcome), places) => run.take(places, &outcome),
-                (Err(TaskFailed(why)), [place]) => {
-                    run.done[*place] = Some(Done { differences: vec![Difference::failure(&why)], statements: 0, refused: 0 });
-                }
-                (Err(TaskFailed(why)), places) => {
-                    eprintln!("Debezium's task fails over one of {} cases, which is looked for: {why}", places.len());
-                    let (first, second) = places.split_at(places.len() / 2);
-                    left.extend([second.to_vec(), first.to_vec()]);
-                }
-            },
+        if batch.is_empty() {
+            continue;
+        }
+        match (both(&batch).await, places.as_slice()) {
+            (Ok(outcome), places) => run.take(places, &outcome),
+            (Err(TaskFailed(why)), [place]) => {
+                run.done[*place] = Some(Done { differences: vec![Difference::failure(&why)], statements: 0, refused: 0 });
+            }
+            (Err(TaskFailed(why)), places) => {
+                eprintln!("Debezium's task fails over one of {} cases, which is looked for: {why}", places.len());
+                let (first, second) = places.split_at(places.len() / 2);
+                left.extend([second.to_vec(), first.to_vec()]);
+            }
         }
     }
     run
@@ -150,8 +150,10 @@ async fn both(cases: &[Case]) -> Result<Outcome, TaskFailed> {
     let skipped_operations = if cases[0].skips_truncate { SkippedOperations::T } else { SkippedOperations::None };
     let settings = |config: Config| Config { skipped_operations, ..config };
     let mut native = Engine::start(&database, &kafka, settings(config(&database)), "n");
+    native.streaming(&database).await;
+    // Only now: what helps its slot on are transactions that both have to see.
     let mut debezium = Engine::start(&database, &kafka, settings(on_connect(&database)), "d");
-    let captured = capture(&database, (&mut connection, &mut writers), cases, (&mut native, &mut debezium), &mut done).await;
+    let captured = capture(&database, (&mut connection, &mut writers), cases, (&native, &mut debezium), &mut done).await;
     let written = captured.map(|()| (native.written(), debezium.written()));
     native.stop(&database).await;
     debezium.stop(&database).await;
@@ -162,10 +164,9 @@ async fn capture(
     database: &Database,
     (connection, writers): (&mut PgConnection, &mut [PgConnection]),
     cases: &[Case],
-    (native, debezium): (&mut Engine, &mut Engine),
+    (native, debezium): (&Engine, &mut Engine),
     done: &mut [(usize, usize)],
 ) -> Result<(), TaskFailed> {
-    native.streaming(database).await;
     // Debezium tells no position behind its snapshot before something happened there, with heartbeats as rare as these.
     debezium.began(database, connection).await?;
     let begin = sentinel(connection).await;
@@ -174,7 +175,7 @@ async fn capture(
     for at in 1..n_phases {
         phase(writers, cases, at, done).await;
         let end = sentinel(connection).await;
-        for engine in [&*native, &*debezium] {
+        for engine in [native, &*debezium] {
             confirmed(connection, engine, end).await?;
         }
     }
