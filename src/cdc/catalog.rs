@@ -1,6 +1,9 @@
 //! What the source's catalog says: which tables to capture, the publication that holds them, and the shape of each.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::{Duration, Instant},
+};
 
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
 
@@ -16,6 +19,10 @@ use crate::change::{TableId, Topics};
 
 /// Domains over domains are followed this far.
 const TYPE_DEPTH_MAX: usize = 8;
+
+/// How long a transaction may be in the WAL and not be seen, and how often that is looked at.
+const SEEN_MAX: Duration = Duration::from_secs(5);
+const SEEN_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Refuses a server that cannot do what we need.
 pub(super) async fn check_server(connection: &mut PgConnection) -> Result<(), Error> {
@@ -205,6 +212,27 @@ pub(super) async fn primary_key(connection: &mut PgConnection, table: &TableId) 
         sqlx::query_scalar("select $1::regclass::oid").bind(full_name(table)).fetch_one(&mut *connection).await.map_err(sql)?;
     let columns: Vec<(String, String)> = sqlx::query_as(KEY).bind(oid).fetch_all(connection).await.map_err(sql)?;
     Ok((oid.0, columns.into_iter().map(|(name, type_name)| KeyColumn { name, type_name }).collect()))
+}
+
+/// Waits until others see what a transaction did to the catalog: its commit is in the WAL, and so with us, before they do.
+///
+/// A commit may wait for a synchronous standby, which may be we ourselves: then what the catalog tells by now has to do.
+pub(super) async fn wait_until_seen(connection: &mut PgConnection, xid: u32) -> Result<(), Error> {
+    // Held from its first change until after its end is seen.
+    const OPEN: &str = "select exists (select from pg_locks where locktype = 'transactionid' and granted and transactionid = $1::text::xid)";
+    let deadline = Instant::now() + SEEN_MAX;
+    loop {
+        let asked = sqlx::query_scalar(OPEN).bind(xid.to_string()).fetch_one(&mut *connection).await;
+        let open: bool = asked.map_err(|source| Error::Sql { what: "ask whether a transaction is over", source })?;
+        if !open {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            tracing::warn!(xid, "a transaction that changed a table is in the WAL and not over yet; its table's key is told as it was before");
+            return Ok(());
+        }
+        tokio::time::sleep(SEEN_INTERVAL).await;
+    }
 }
 
 /// The shape of a table as the stream describes it; the catalog, read anew, adds the primary key.

@@ -267,7 +267,13 @@ impl Streaming {
         };
         let before = self.tables.get(&relation.id);
         let counted = before.map(|it| it.counted).unwrap_or_default();
-        let describing = catalog::describe_relation(&mut connection, relation, before.map(|it| &it.key), &self.setup.topics);
+        let xid = self.transaction.as_ref().map(|it| it.xid);
+        let describing = async {
+            if let Some(xid) = xid {
+                catalog::wait_until_seen(&mut connection, xid).await?;
+            }
+            catalog::describe_relation(&mut connection, relation, before.map(|it| &it.key), &self.setup.topics).await
+        };
         // The connection has been idle since the last one, and a network may have forgotten it without a word.
         let described = tokio::time::timeout(DESCRIBED_MAX, describing).await.unwrap_or(Err(Error::Silent(DESCRIBED_MAX)));
         // Where the description failed the connection is not kept: it may be what failed.

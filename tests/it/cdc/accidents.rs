@@ -15,6 +15,28 @@ alter table kept alter column flag type integer using flag::integer;
 insert into kept values (2, 'two', 'flags', 2);
 commit;";
 
+/// A commit is in the WAL, and may be read, before others see what it did to the catalog: often enough to be seen among these.
+#[tokio::test]
+async fn a_key_that_is_made_with_the_first_row_is_that_rows_key() {
+    const TABLES: u32 = 40;
+    let database = Database::create("made_keys").await;
+    let names: Vec<String> = (0..TABLES).map(|it| format!("t{it}")).collect();
+    let tables: String = names.iter().map(|it| format!("create table {it} (n integer not null);")).collect();
+    database.run(&tables).await;
+    let topics: Vec<String> = names.iter().map(|it| format!("public.{it}")).collect();
+    let mut broker = Broker::start(&database, &topics.iter().map(String::as_str).collect::<Vec<_>>(), 1);
+    let capture = Capture::start(&database, broker.address(), config(&database));
+    capture.drain(&database).await;
+    let made = names.iter().map(|it| format!("begin; insert into {it} values (1); alter table {it} add primary key (n); insert into {it} values (2); commit;"));
+    database.run(&made.collect::<String>()).await;
+    capture.drain(&database).await;
+    capture.stop().await;
+    for topic in topics {
+        let last = broker.read(&topic).pop().and_then(|it| it.key);
+        assert_eq!(last.as_deref(), Some("{\"n\":2}"), "{topic}");
+    }
+}
+
 /// The rows of a topic, as they are after each change.
 fn after(broker: &mut Broker, topic: &str) -> Vec<Value> {
     let values = broker.read(topic).into_iter().filter_map(|it| it.value);
