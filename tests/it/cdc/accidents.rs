@@ -2,9 +2,16 @@
 //!
 //! `differential` leaves these out, as there is nothing to be equal to.
 
-use serde_json::{Value, json};
+use std::time::{Duration, Instant};
 
-use super::house::{Broker, Capture, Database, config};
+use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, PgConnection};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    crashes::own_server,
+    house::{Broker, Capture, Database, PATIENCE, config},
+};
 
 /// In one transaction with changes of their table, so that it is already another one when they are read.
 const BEFORE_DDL: &str = "begin;
@@ -15,25 +22,59 @@ alter table kept alter column flag type integer using flag::integer;
 insert into kept values (2, 'two', 'flags', 2);
 commit;";
 
-/// A commit is in the WAL, and may be read, before others see what it did to the catalog: often enough to be seen among these.
+/// A commit is in the WAL, and may be read, before others see what it did to the catalog. With a synchronous standby that is away this
+/// takes as long as one likes.
 #[tokio::test]
-async fn a_key_that_is_made_with_the_first_row_is_that_rows_key() {
-    const TABLES: u32 = 40;
-    let database = Database::create("made_keys").await;
-    let names: Vec<String> = (0..TABLES).map(|it| format!("t{it}")).collect();
-    let tables: String = names.iter().map(|it| format!("create table {it} (n integer not null);")).collect();
-    database.run(&tables).await;
-    let topics: Vec<String> = names.iter().map(|it| format!("public.{it}")).collect();
-    let mut broker = Broker::start(&database, &topics.iter().map(String::as_str).collect::<Vec<_>>(), 1);
+async fn a_table_is_described_as_the_transaction_left_it_that_others_do_not_see_yet() {
+    let (_dir, server) = own_server().await;
+    let database = Database::create_on(server.url("postgres").reveal(), "unseen").await;
+    database.run("create table made (n integer not null); create schema elsewhere;").await;
+    let mut broker = Broker::start(&database, &["public.made"], 1);
     let capture = Capture::start(&database, broker.address(), config(&database));
     capture.drain(&database).await;
-    let made = names.iter().map(|it| format!("begin; insert into {it} values (1); alter table {it} add primary key (n); insert into {it} values (2); commit;"));
-    database.run(&made.collect::<String>()).await;
+
+    // It has asked about a table before, so that it will ask at once.
+    database.run("insert into made values (0);").await;
+    capture.drain(&database).await;
+    let (mut writer, mut other, mut first) = (database.connect().await, database.connect().await, database.connect().await);
+    database.run("alter system set synchronous_standby_names to 'nobody'; select pg_reload_conf();").await;
+    // From the first commit that waits on, all do.
+    let reset = CancellationToken::new();
+    let is_reset = reset.clone();
+    let waiting = tokio::spawn(async move {
+        for at in (0..).take_while(|_| !is_reset.is_cancelled()) {
+            sqlx::raw_sql(AssertSqlSafe(format!("create table elsewhere.t{at} ()"))).execute(&mut first).await.expect("a table");
+        }
+    });
+    until(&mut other, "select exists (select from pg_stat_activity where wait_event = 'SyncRep')").await;
+    for statement in ["begin", "alter table made add primary key (n)", "insert into made values (1)"] {
+        sqlx::raw_sql(statement).execute(&mut writer).await.expect("done");
+    }
+    let before = database.wal_position().await.to_string();
+    let committing = tokio::spawn(async move { sqlx::raw_sql("commit").execute(&mut writer).await.map(drop) });
+    until(&mut other, &format!("select coalesce(bool_or(sent_lsn > '{before}'), false) from pg_stat_replication")).await;
+    // The capture has it, and time to ask about the table.
+    for _ in 0..1000 {
+        until(&mut other, "select true").await;
+    }
+    assert!(!committing.is_finished(), "nobody has confirmed it");
+    reset.cancel();
+    for statement in ["alter system reset synchronous_standby_names", "select pg_reload_conf()"] {
+        sqlx::raw_sql(statement).execute(&mut other).await.expect("done");
+    }
+    waiting.await.expect("no panic");
+    committing.await.expect("no panic").expect("it is over");
     capture.drain(&database).await;
     capture.stop().await;
-    for topic in topics {
-        let last = broker.read(&topic).pop().and_then(|it| it.key);
-        assert_eq!(last.as_deref(), Some("{\"n\":2}"), "{topic}");
+    let keys: Vec<Option<String>> = broker.read("public.made").into_iter().map(|it| it.key).collect();
+    assert_eq!(keys, [None, Some("{\"n\":1}".to_owned())]);
+}
+
+async fn until(connection: &mut PgConnection, question: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    while !sqlx::query_scalar::<_, bool>(AssertSqlSafe(question.to_owned())).fetch_one(&mut *connection).await.expect("an answer") {
+        assert!(Instant::now() < deadline, "still not so: {question}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
