@@ -44,6 +44,7 @@ mod source;
 mod stats;
 mod streaming;
 mod values;
+mod vectors;
 
 use serde::{Deserialize, Serialize};
 
