@@ -1,11 +1,14 @@
 //! What the source's catalog says: which tables to capture, the publication that holds them, and the shape of each.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::{Duration, Instant},
+};
 
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
 
 use super::{
-    Config,
+    Config, defaults,
     envelope::{ColumnSpec, Table},
     error::Error,
     pgoutput::Relation,
@@ -16,6 +19,10 @@ use crate::change::{TableId, Topics};
 
 /// Domains over domains are followed this far.
 const TYPE_DEPTH_MAX: usize = 8;
+
+/// How long a transaction may be in the WAL and not be seen, and how often that is looked at.
+const SEEN_MAX: Duration = Duration::from_secs(5);
+const SEEN_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Refuses a server that cannot do what we need.
 pub(super) async fn check_server(connection: &mut PgConnection) -> Result<(), Error> {
@@ -167,6 +174,15 @@ struct CatalogColumn {
     type_modifier: i32,
     not_null: bool,
     key_place: Option<i16>,
+    is_enum: bool,
+    /// Its expression.
+    default: Option<String>,
+}
+
+impl CatalogColumn {
+    fn default(&self, kind: Kind) -> Option<Vec<u8>> {
+        defaults::absent(kind, self.type_oid, self.is_enum, self.default.as_deref()?)
+    }
 }
 
 /// The shape of a table as it is now, all columns: for the snapshot.
@@ -176,7 +192,7 @@ pub(super) async fn describe(connection: &mut PgConnection, id: &TableId, topics
     let mut specs = Vec::new();
     for column in columns(connection, oid.0).await? {
         let kind = kind_of(connection, column.type_oid, column.type_modifier).await?;
-        specs.push(ColumnSpec { name: column.name, kind, not_null: column.not_null, key_place: column.key_place });
+        specs.push(ColumnSpec { default: column.default(kind), name: column.name, kind, not_null: column.not_null, key_place: column.key_place });
     }
     Ok(Table::new(id.clone(), topics.table(id), specs))
 }
@@ -209,6 +225,27 @@ pub(super) async fn primary_key(connection: &mut PgConnection, table: &TableId) 
     Ok((oid.0, columns.into_iter().map(|(name, type_name)| KeyColumn { name, type_name }).collect()))
 }
 
+/// Waits until others see what a transaction did to the catalog: its commit is in the WAL, and so with us, before they do.
+///
+/// A commit may wait for a synchronous standby, which may be we ourselves: then what the catalog tells by now has to do.
+pub(super) async fn wait_until_seen(connection: &mut PgConnection, xid: u32) -> Result<(), Error> {
+    // Held from its first change until after its end is seen.
+    const OPEN: &str = "select exists (select from pg_locks where locktype = 'transactionid' and granted and transactionid = $1::text::xid)";
+    let deadline = Instant::now() + SEEN_MAX;
+    loop {
+        let asked = sqlx::query_scalar(OPEN).bind(xid.to_string()).fetch_one(&mut *connection).await;
+        let open: bool = asked.map_err(|source| Error::Sql { what: "ask whether a transaction is over", source })?;
+        if !open {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            tracing::warn!(xid, "a transaction that changed a table is in the WAL and not over yet; its table's key is told as it was before");
+            return Ok(());
+        }
+        tokio::time::sleep(SEEN_INTERVAL).await;
+    }
+}
+
 /// The shape of a table as the stream describes it; the catalog, read anew, adds the primary key.
 ///
 /// A table dropped since, or whose key was renamed since, is not in the catalog as the stream has it: then the key is what it
@@ -231,8 +268,8 @@ pub(super) async fn describe_relation(
     let mut specs = Vec::with_capacity(relation.columns.len());
     for column in relation.columns.iter() {
         let kind = kind_of(connection, column.type_oid, column.type_modifier).await?;
-        let not_null = by_name.get(column.name).is_some_and(|it| it.not_null);
-        specs.push(ColumnSpec { name: column.name.to_owned(), kind, not_null, key_place: key.get(column.name).copied() });
+        let (not_null, default) = by_name.get(column.name).map_or((false, None), |it| (it.not_null, it.default(kind)));
+        specs.push(ColumnSpec { default, name: column.name.to_owned(), kind, not_null, key_place: key.get(column.name).copied() });
     }
     let id = TableId { schema: relation.schema.to_owned(), table: relation.table.to_owned() };
     let topic = topics.table(&id);
@@ -244,25 +281,31 @@ pub(super) type KeyNames = HashMap<String, i16>;
 
 /// The key of a table without a primary key is that of its first unique index, as JDBC lists them and Debezium takes it.
 async fn columns(connection: &mut PgConnection, relation: u32) -> Result<Vec<CatalogColumn>, Error> {
-    const COLUMNS: &str = "select a.attname::text, a.atttypid, a.atttypmod, a.attnotnull, k.place::int2
+    // No default names a column, so its text needs no relation: to name it would wait for whoever has locked it.
+    const COLUMNS: &str = "select a.attname::text, a.atttypid, a.atttypmod, a.attnotnull, k.place::int2, t.typtype = 'e', pg_get_expr(d.adbin, 0)
         from pg_attribute a
+        join pg_type t on t.oid = a.atttypid
+        left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum and a.attgenerated = ''
         left join (select u.attnum, u.place
                    from (select i.* from pg_index i join pg_class c on c.oid = i.indexrelid where i.indrelid = $1 and i.indisunique and i.indisvalid
                          order by i.indisprimary desc, i.indisclustered desc, c.relname limit 1) i,
                         unnest(i.indkey::int2[]) with ordinality u(attnum, place)
                    where u.place <= i.indnkeyatts) k on k.attnum = a.attnum
         where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped order by a.attnum";
-    let rows: Vec<(String, sqlx::postgres::types::Oid, i32, bool, Option<i16>)> = sqlx::query_as(COLUMNS)
+    type Found = (String, sqlx::postgres::types::Oid, i32, bool, Option<i16>, bool, Option<String>);
+    let rows: Vec<Found> = sqlx::query_as(COLUMNS)
         .bind(sqlx::postgres::types::Oid(relation))
         .fetch_all(connection)
         .await
         .map_err(|source| Error::Sql { what: "describe a table", source })?;
-    let column = |(name, type_oid, type_modifier, not_null, key_place): (String, sqlx::postgres::types::Oid, i32, bool, Option<i16>)| CatalogColumn {
+    let column = |(name, type_oid, type_modifier, not_null, key_place, is_enum, default): Found| CatalogColumn {
         name,
         type_oid: type_oid.0,
         type_modifier,
         not_null,
         key_place,
+        is_enum,
+        default,
     };
     Ok(rows.into_iter().map(column).collect())
 }
@@ -272,6 +315,8 @@ async fn kind_of(connection: &mut PgConnection, type_oid: u32, type_modifier: i3
     const TYPE: &str =
         "select typname::text, typtype::text, typbasetype, typtypmod, case when typcategory = 'A' then typelem else 0::oid end from pg_type where oid = $1";
     let (mut oid, mut modifier, mut in_array) = (type_oid, type_modifier, false);
+    // Within an array.
+    let mut in_domain = false;
     for _ in 0..TYPE_DEPTH_MAX {
         if let Some(kind) = values::built_in(oid, modifier) {
             return Ok(kind);
@@ -282,10 +327,14 @@ async fn kind_of(connection: &mut PgConnection, type_oid: u32, type_modifier: i3
             .await
             .map_err(|source| Error::Sql { what: "look up a type", source })?;
         match found {
-            // Debezium does not follow what an array holds to what that is made of.
-            Some((_, class, base, base_modifier, _)) if class == "d" && !in_array => (oid, modifier) = (base.0, base_modifier),
+            Some((_, class, base, base_modifier, _)) if class == "d" => match values::built_in(base.0, base_modifier) {
+                // What an array of domains holds Debezium follows to an enum only.
+                Some(_) if in_array => return Ok(Kind::Omitted),
+                _ => (oid, modifier, in_domain) = (base.0, base_modifier, in_array),
+            },
             Some((.., element)) if element.0 != 0 => (oid, in_array) = (element.0, true),
-            Some((name, class, ..)) => return Ok(values::made(&name, class == "e", in_array)),
+            Some((_, class, ..)) if in_domain && class != "e" => return Ok(Kind::Omitted),
+            Some((name, class, ..)) => return Ok(values::made(&name, &class, in_array)),
             // Dropped since: its text.
             None => break,
         }

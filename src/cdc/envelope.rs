@@ -28,7 +28,8 @@ struct Column {
     /// `"balance":`
     head: Vec<u8>,
     kind: Kind,
-    not_null: bool,
+    /// What stands for a value that the stream does not tell.
+    absent: Vec<u8>,
 }
 
 /// What the catalog tells of a column.
@@ -37,6 +38,8 @@ pub(super) struct ColumnSpec {
     pub(super) name: String,
     pub(super) kind: Kind,
     pub(super) not_null: bool,
+    /// What its default makes of a value that is not told.
+    pub(super) default: Option<Vec<u8>>,
     /// Place in the primary key, from 1.
     pub(super) key_place: Option<i16>,
 }
@@ -73,7 +76,13 @@ impl Column {
         let mut head = Vec::new();
         json::string(&mut head, &spec.name);
         head.push(b':');
-        Self { name: spec.name, head, kind: spec.kind, not_null: spec.not_null }
+        let mut absent = Vec::new();
+        match spec.default.filter(|_| spec.not_null) {
+            Some(default) => absent = default,
+            None if spec.not_null => spec.kind.write_absent(&mut absent),
+            None => absent.extend_from_slice(b"null"),
+        }
+        Self { name: spec.name, head, kind: spec.kind, absent }
     }
 }
 
@@ -292,7 +301,7 @@ impl Envelope {
                 (Value::Unchanged, _) => column.kind.write_unavailable(out),
                 (Value::Null, _) => {
                     key_told &= whole || !table.key.contains(&place);
-                    if !whole && column.not_null { column.kind.write_absent(out) } else { out.extend_from_slice(b"null") }
+                    out.extend_from_slice(if whole { b"null" } else { &column.absent });
                 }
             }
             self.spans.push((start, out.len()));
@@ -433,6 +442,7 @@ mod tests {
             name: name.to_owned(),
             kind: values::built_in(type_oid, -1).expect("built in"),
             not_null,
+            default: None,
             key_place,
         };
         let id = TableId { schema: "public".into(), table: "ledger_entries".into() };

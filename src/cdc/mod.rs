@@ -21,6 +21,7 @@ mod context;
 mod copy_text;
 mod dead_letter;
 mod debezium;
+mod defaults;
 mod envelope;
 mod error;
 mod health;
@@ -44,6 +45,7 @@ mod source;
 mod stats;
 mod streaming;
 mod values;
+mod vectors;
 
 use serde::{Deserialize, Serialize};
 

@@ -268,7 +268,13 @@ impl Streaming {
         };
         let before = self.tables.get(&relation.id);
         let counted = before.map(|it| it.counted).unwrap_or_default();
-        let describing = catalog::describe_relation(&mut connection, relation, before.map(|it| &it.key), &self.setup.topics);
+        let xid = self.transaction.as_ref().map(|it| it.xid);
+        let describing = async {
+            if let Some(xid) = xid {
+                catalog::wait_until_seen(&mut connection, xid).await?;
+            }
+            catalog::describe_relation(&mut connection, relation, before.map(|it| &it.key), &self.setup.topics).await
+        };
         // The connection has been idle since the last one, and a network may have forgotten it without a word.
         let described = tokio::time::timeout(DESCRIBED_MAX, describing).await.unwrap_or(Err(Error::Silent(DESCRIBED_MAX)));
         // Where the description failed the connection is not kept: it may be what failed.
@@ -438,7 +444,10 @@ impl Streaming {
         let transaction = self.transaction.as_mut().filter(|_| transactional);
         let (xid, at_us, order) =
             transaction.map_or((None, self.last_commit_at_us, None), |it| (Some(it.xid), it.committed_at_us, Some(it.count(NO_RELATION))));
-        // A message outside of transactions takes effect, and so ends, where it stands.
+        // A message outside of transactions takes effect, and so ends, where it stands: to Debezium that is a commit.
+        if !transactional {
+            self.last_commit = Some(lsn);
+        }
         let previous_commit = self.last_commit.map(|it| it.0);
         let origin = Origin { lsn: lsn.0, at_us, xid, previous_commit, snapshot: None, order: order.filter(|_| metadata) };
         self.envelope.write_message(prefix, content, &origin, self.now);

@@ -3,7 +3,7 @@
 //! The text is what a session with `TimeZone=UTC DateStyle=ISO IntervalStyle=postgres extra_float_digits=3
 //! bytea_output=hex` prints: both the walsender and the snapshot's COPY run with these, so a row reads the same from either.
 
-use super::{json, moments, shapes::Shape};
+use super::{json, moments, shapes::Shape, vectors};
 
 /// A text its type cannot have. The row that holds it goes to the dead letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +20,8 @@ pub(super) enum Scalar {
     Double,
     /// A string of PostgreSQL's own text: text, numeric (`decimal.handling.mode=string`), uuid, json, enums, ranges, addresses.
     Text,
+    /// `numeric`, of which Debezium's zero has so many digits behind its point.
+    Numeric(u8),
     Money,
     /// `bytea`, base64.
     Bytes,
@@ -40,6 +42,10 @@ pub(super) enum Scalar {
     Interval,
     Shape(Shape),
     Hstore,
+    /// pgvector's: an array of doubles, of floats, and those that are not zero under their places.
+    Vector,
+    HalfVector,
+    SparseVector,
 }
 
 /// How a column is written.
@@ -92,8 +98,9 @@ const TYPES: &[(u32, u32, Scalar, Unavailable)] = &[
     (869, 1041, Scalar::Text, Unavailable::Null),
     (1042, 1014, Scalar::Text, Unavailable::Text),
     (1043, 1015, Scalar::Text, Unavailable::Text),
-    (1700, 1231, Scalar::Text, Unavailable::Null),
+    (1700, 1231, Scalar::Numeric(0), Unavailable::Null),
     (2950, 2951, Scalar::Text, Unavailable::Uuid),
+    (3614, 3643, Scalar::Text, Unavailable::Null),
     (3802, 3807, Scalar::Text, Unavailable::Text),
     (3904, 3905, Scalar::Text, Unavailable::Null),
     (3906, 3907, Scalar::Text, Unavailable::Null),
@@ -111,7 +118,6 @@ const ALONE: &[(u32, u32, Scalar, Kind)] = &[
     (1186, 1187, Scalar::Interval, Kind::Omitted),
     (1560, 1561, Scalar::Bits, Kind::Null),
     (1562, 1563, Scalar::Bits, Kind::Omitted),
-    (3614, 3643, Scalar::Text, Kind::Empty),
     (600, 1017, Scalar::Shape(Shape::Point), Kind::Omitted),
     (628, 629, Scalar::Shape(Shape::Line), Kind::Empty),
     (601, 1018, Scalar::Shape(Shape::Segment), Kind::Empty),
@@ -134,14 +140,19 @@ pub(super) fn built_in(type_oid: u32, modifier: i32) -> Option<Kind> {
     })
 }
 
-/// How a type is written that somebody made, or an extension, or an array of it.
-pub(super) fn made(name: &str, is_enum: bool, in_array: bool) -> Kind {
+/// How a type is written that somebody made, or an extension, or an array of it. `class` as in `pg_type.typtype`.
+pub(super) fn made(name: &str, class: &str, in_array: bool) -> Kind {
     let (scalar, of_arrays) = match name {
-        _ if is_enum => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
+        _ if class == "e" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
+        // Somebody's own, whatever its name.
+        _ if class != "b" => return Kind::Omitted,
         "hstore" => (Scalar::Hstore, Kind::Array(Scalar::Hstore, Unavailable::Null)),
         "citext" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
         "ltree" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
-        "isbn" | "isbn13" | "issn" | "issn13" | "ismn" | "ismn13" | "ean13" | "upc" => (Scalar::Text, Kind::Empty),
+        "isbn" | "isbn13" | "issn" | "issn13" | "ismn" | "ismn13" | "ean13" | "upc" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
+        "vector" => (Scalar::Vector, Kind::Array(Scalar::Vector, Unavailable::Null)),
+        "halfvec" => (Scalar::HalfVector, Kind::Array(Scalar::HalfVector, Unavailable::Null)),
+        "sparsevec" => (Scalar::SparseVector, Kind::Empty),
         // PostGIS: its own text.
         "geometry" | "geography" => (Scalar::Text, Kind::Array(Scalar::Text, Unavailable::Null)),
         // Composite types, ranges of somebody's own, and of the built-in ones `xid`, `pg_lsn`, multiranges and the like.
@@ -157,6 +168,8 @@ fn by_modifier(scalar: Scalar, modifier: i32) -> Scalar {
         (Scalar::TimestampMicros, 0..=3) => Scalar::TimestampMillis,
         (Scalar::TimestampWithZone(_), 0..=5) => Scalar::TimestampWithZone(u8::try_from(modifier).unwrap_or(6)),
         (Scalar::Bits, 1) => Scalar::Bit,
+        // Eleven bits, the highest of them a sign; what is rounded to tens or more has no digit there.
+        (Scalar::Numeric(_), 4..) => Scalar::Numeric(u8::try_from((modifier - 4) & 0x7FF).unwrap_or(0)),
         _ => scalar,
     }
 }
@@ -170,7 +183,8 @@ impl Kind {
         match self {
             Self::One(scalar) => scalar.write(out, text),
             Self::Array(scalar, _) => array(out, text, scalar),
-            Self::Empty if text.split(['{', '}', ',']).all(|it| matches!(it, "" | "NULL")) => array(out, text, Scalar::Text),
+            // Boxes have semicolons between them.
+            Self::Empty if text.split(['{', '}', ',', ';']).all(|it| matches!(it, "" | "NULL")) => array(out, &text.replace(';', ","), Scalar::Text),
             Self::Empty | Self::Null | Self::Omitted => {
                 out.extend_from_slice(b"null");
                 Ok(())
@@ -184,9 +198,11 @@ impl Kind {
         const UUID: &[u8] = b"[\"b68a35a7-17ad-35b3-af2a-ae46edb4545a\"]";
         match self {
             Self::One(Scalar::Bytes) => json::base64(out, UNAVAILABLE.bytes()),
-            Self::One(Scalar::Bits | Scalar::Shape(_)) | Self::Array(_, Unavailable::Null) | Self::Empty | Self::Null | Self::Omitted => {
-                out.extend_from_slice(b"null")
-            }
+            Self::One(Scalar::Bits | Scalar::Shape(_) | Scalar::Vector | Scalar::HalfVector | Scalar::SparseVector)
+            | Self::Array(_, Unavailable::Null)
+            | Self::Empty
+            | Self::Null
+            | Self::Omitted => out.extend_from_slice(b"null"),
             Self::One(Scalar::Hstore) => json::string(out, &format!("{{\"{UNAVAILABLE}\":\"{UNAVAILABLE}\"}}")),
             Self::One(_) => json::string(out, UNAVAILABLE),
             Self::Array(_, Unavailable::Uuid) => out.extend_from_slice(UUID),
@@ -210,29 +226,45 @@ impl Kind {
 
     /// Appends what Debezium puts into a NOT NULL column of which the stream tells nothing (REPLICA IDENTITY DEFAULT).
     pub(super) fn write_absent(self, out: &mut Vec<u8>) {
-        let text: &[u8] = match self {
-            Self::Null | Self::Omitted => b"null",
-            Self::Array(..) | Self::Empty => b"[]",
-            Self::One(Scalar::Boolean | Scalar::Bit) => b"false",
-            Self::One(Scalar::Float | Scalar::Double) => b"0.0",
-            Self::One(Scalar::TimestampWithZone(_)) => b"\"1970-01-01T00:00:00.000000Z\"",
-            Self::One(Scalar::TimeWithZone) => b"\"00:00:00Z\"",
-            Self::One(Scalar::Text | Scalar::Money | Scalar::Bytes | Scalar::Bits | Scalar::Hstore) => b"\"\"",
-            Self::One(Scalar::Shape(_)) => b"{\"x\":0.0,\"y\":0.0,\"wkb\":\"\",\"srid\":null}",
-            Self::One(_) => b"0",
-        };
-        out.extend_from_slice(text);
+        match self {
+            Self::Null | Self::Omitted => out.extend_from_slice(b"null"),
+            Self::Array(..) | Self::Empty => out.extend_from_slice(b"[]"),
+            Self::One(scalar) => scalar.write_absent(out),
+        }
     }
 }
 
 impl Scalar {
+    fn write_absent(self, out: &mut Vec<u8>) {
+        let text: &[u8] = match self {
+            Self::Boolean | Self::Bit => b"false",
+            Self::Float | Self::Double => b"0.0",
+            Self::TimestampWithZone(_) => b"\"1970-01-01T00:00:00Z\"",
+            Self::TimeWithZone => b"\"00:00:00Z\"",
+            Self::Text | Self::Bytes | Self::Bits => b"\"\"",
+            Self::Money => b"\"0.00\"",
+            Self::Numeric(scale) => {
+                out.extend_from_slice(if scale == 0 { b"\"0" } else { b"\"0." });
+                out.resize(out.len() + usize::from(scale), b'0');
+                b"\""
+            }
+            Self::Hstore => b"\"{}\"",
+            Self::Shape(shape) => return shape.write_absent(out),
+            Self::Vector | Self::HalfVector => b"[]",
+            // Debezium has none, and fails.
+            Self::SparseVector => b"{\"dimensions\":0,\"vector\":[]}",
+            _ => b"0",
+        };
+        out.extend_from_slice(text);
+    }
+
     fn write(self, out: &mut Vec<u8>, text: &str) -> Result<(), NotA> {
         match self {
             Self::Integer => whole_number(out, text)?,
             Self::Boolean | Self::Bit => out.extend_from_slice(truth(text)?),
             Self::Float => json::float(out, text.parse().map_err(|_| NotA("a number"))?),
             Self::Double => json::double(out, text.parse().map_err(|_| NotA("a number"))?),
-            Self::Text => json::string(out, text),
+            Self::Text | Self::Numeric(_) => json::string(out, text),
             Self::Money => money(out, text),
             Self::Bytes => json::base64(out, hex(text)?),
             Self::Bits => json::base64(out, bits(text)?),
@@ -246,6 +278,9 @@ impl Scalar {
             Self::Interval => json::integer(out, moments::interval(text)?),
             Self::Shape(shape) => shape.write(out, text)?,
             Self::Hstore => hstore(out, text)?,
+            Self::Vector => vectors::write(out, text, json::double)?,
+            Self::HalfVector => vectors::write(out, text, json::float)?,
+            Self::SparseVector => vectors::write_sparse(out, text)?,
         }
         Ok(())
     }
@@ -409,6 +444,9 @@ mod tests {
             (1560, 11, "00000000001", "\"AQ==\""),
             (1562, 1, "", "null"),
             (1561, 3, "{101}", "null"),
+            (1020, -1, "{NULL;NULL}", "[null,null]"),
+            (1020, -1, "{(1,1),(0,0);NULL}", "null"),
+            (3643, -1, "{'a',NULL}", "[\"'a'\",null]"),
             (1083, -1, "23:59:59.123456", "86399123456"),
             (1083, 3, "01:02:03.456", "3723456"),
             (1114, 0, "2026-02-28 23:59:59", "1772323199000"),
@@ -492,13 +530,43 @@ mod tests {
     }
 
     #[test]
+    fn what_must_not_be_null_and_is_not_told_is_a_zero_of_its_type() {
+        for (type_oid, modifier, json) in [
+            (1700, -1, "\"0\""),
+            (1700, (10 << 16) + 6, "\"0.00\""),
+            (1700, (38 << 16) + 24, "\"0.00000000000000000000\""),
+            (790, -1, "\"0.00\""),
+            (1184, -1, "\"1970-01-01T00:00:00Z\""),
+            (1184, 2, "\"1970-01-01T00:00:00Z\""),
+            (1007, -1, "[]"),
+        ] {
+            let mut out = Vec::new();
+            built_in(type_oid, modifier).expect("built in").write_absent(&mut out);
+            assert_eq!(String::from_utf8_lossy(&out), json, "type {type_oid}");
+        }
+    }
+
+    #[test]
+    fn types_of_extensions_are_known_by_their_names() {
+        let shown = |name: &str, in_array: bool, text: &str| {
+            let mut out = Vec::new();
+            made(name, "b", in_array).write(&mut out, text).expect("valid");
+            String::from_utf8(out).expect("JSON is UTF-8")
+        };
+        assert_eq!(shown("vector", true, "{\"[1,2]\"}"), "[[1.0,2.0]]");
+        assert_eq!([shown("sparsevec", true, "{\"{1:1}/3\"}"), shown("sparsevec", true, "{}")], ["null", "[]"]);
+        assert_eq!(shown("isbn", true, "{0-393-04002-X,NULL}"), "[\"0-393-04002-X\",null]");
+        assert_eq!(made("vector", "c", false), Kind::Omitted);
+    }
+
+    #[test]
     fn an_hstore_becomes_a_string_of_json() {
         let mut out = Vec::new();
         Kind::One(Scalar::Hstore).write(&mut out, r#""a"=>"1", "b"=>NULL"#).expect("valid");
         assert_eq!(String::from_utf8(out).expect("JSON is UTF-8"), r#""{\"a\":\"1\",\"b\":null}""#);
     }
 
-    const KINDS: [Kind; 21] = [
+    const KINDS: [Kind; 24] = [
         Kind::One(Scalar::Integer),
         Kind::One(Scalar::Boolean),
         Kind::One(Scalar::Float),
@@ -517,6 +585,9 @@ mod tests {
         Kind::One(Scalar::Interval),
         Kind::One(Scalar::Shape(Shape::Circle)),
         Kind::One(Scalar::Hstore),
+        Kind::One(Scalar::Vector),
+        Kind::One(Scalar::SparseVector),
+        Kind::Empty,
         Kind::Array(Scalar::Integer, Unavailable::Numbers),
         Kind::Array(Scalar::Text, Unavailable::Text),
         Kind::Array(Scalar::TimestampWithZone(0), Unavailable::Null),

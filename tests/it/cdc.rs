@@ -1,5 +1,6 @@
 //! The capture on a real PostgreSQL, into a broker.
 
+mod accidents;
 mod applying;
 mod bytes;
 mod clocks;

@@ -663,7 +663,7 @@ async fn a_dbt_that_cannot_start_says_what_to_do() {
 async fn analytics_is_the_bank_as_it_was_at_the_cut_at_every_landing_state() {
     let (warehouse, work_dir) = (Warehouse::create("states").await, tempfile::tempdir().unwrap());
     let states = std::env::var("LEDGERLINE_TEST_LANDING_STATES").unwrap_or_else(|_| "4".to_owned());
-    let seeds = std::env::var("LEDGERLINE_TEST_SEEDS").unwrap_or_else(|_| "2,5,3".to_owned());
+    let seeds = crate::house::seeds("2,5,3").iter().map(u64::to_string).collect::<Vec<_>>().join(",");
     let transactions = if states.parse::<u32>().unwrap() > 20 { "1800" } else { "300" };
 
     let output = tokio::process::Command::new(python())

@@ -38,6 +38,17 @@ pub(crate) fn python() -> PathBuf {
     house().python.clone()
 }
 
+/// The seeds of a test that takes as many as it is given: `LEDGERLINE_TEST_SEEDS=200` takes the first 200, `LEDGERLINE_TEST_SEEDS=17,4`
+/// these two, and `LEDGERLINE_TEST_SEEDS=17,` just one.
+pub(crate) fn seeds(by_default: &str) -> Vec<u64> {
+    let asked = std::env::var("LEDGERLINE_TEST_SEEDS").unwrap_or_else(|_| by_default.to_owned());
+    let number = |text: &str| text.trim().parse::<u64>().expect("LEDGERLINE_TEST_SEEDS is a number, or numbers with commas");
+    match asked.contains(',') {
+        true => asked.split(',').filter(|it| !it.trim().is_empty()).map(number).collect(),
+        false => (0..number(&asked)).collect(),
+    }
+}
+
 /// A database of one test's own, empty at first. A test that fails leaves it for a look; the server's end takes it along.
 pub(crate) struct Database {
     pub(crate) name: String,

@@ -9,8 +9,20 @@ pub(super) struct Case {
     pub(super) tables: Vec<Table>,
     /// The first is done before anybody captures. Between two all that was written has been read: an engine asks the catalog, which
     /// is always of now, so what one makes of two changes of a table that come at once is a race.
-    pub(super) phases: Vec<Vec<Statement>>,
+    pub(super) phases: Vec<Vec<Said>>,
+    /// `skipped.operations` of both engines.
+    pub(super) skips_truncate: bool,
 }
+
+/// A statement, and which of the writers says it. Each has a connection of its own, and so transactions that overlap the others'.
+#[derive(Debug, Clone)]
+pub(super) struct Said {
+    pub(super) by: usize,
+    pub(super) statement: Statement,
+}
+
+/// So many at once.
+pub(super) const WRITERS: usize = 2;
 
 #[derive(Debug, Clone)]
 pub(super) struct Table {
@@ -45,7 +57,7 @@ type Assignments = Vec<(String, Value)>;
 pub(super) enum Statement {
     Insert { table: String, rows: Vec<Assignments>, form: Form },
     Update { table: String, set: Assignments, condition: String },
-    Other { table: Option<String>, column: Option<String>, sql: String },
+    Other { tables: Vec<String>, column: Option<String>, sql: String },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +87,16 @@ pub(super) fn identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
+/// The name of a table's primary key, as SQL has it.
+pub(super) fn key_name(table: &str) -> String {
+    identifier(&format!("{table} key"))
+}
+
+/// An enum of each case's own.
+pub(super) const OWN_TYPE: &str = "own";
+/// The last is none of it yet.
+pub(super) const OWN_VALUES: [&str; 3] = ["one", "two", "three"];
+
 pub(super) fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
@@ -90,7 +112,7 @@ impl Case {
         }
         for (phase, statements) in self.phases.iter().enumerate() {
             for (at, statement) in statements.iter().enumerate() {
-                if let Statement::Insert { rows, .. } = statement {
+                if let Statement::Insert { rows, .. } = &statement.statement {
                     parts.extend((0..rows.len()).filter(|_| rows.len() > 1).map(|row| Part::Row(phase, at, row)));
                 }
             }
@@ -127,8 +149,8 @@ impl Case {
                 if is_out(Part::Statement(phase, at)) {
                     continue;
                 }
-                let mut statement = statement.clone();
-                let stays = match &mut statement {
+                let mut said = statement.clone();
+                let stays = match &mut said.statement {
                     Statement::Insert { table, rows, .. } => {
                         let mut place = 0..;
                         rows.retain(|_| place.next().is_some_and(|row| !is_out(Part::Row(phase, at, row))));
@@ -139,27 +161,32 @@ impl Case {
                         set.retain(|(column, _)| !is_gone(table, Some(column)));
                         !is_gone(table, None) && !set.is_empty()
                     }
-                    Statement::Other { table, column, .. } => table.as_ref().is_none_or(|it| !is_gone(it, column.as_deref())),
+                    Statement::Other { tables, column, .. } => !tables.iter().any(|it| is_gone(it, column.as_deref())),
                 };
                 if stays {
-                    left.push(statement);
+                    left.push(said);
                 }
             }
             phases.push(left);
         }
-        Self { seed: self.seed, tables, phases }
+        Self { tables, phases, ..*self }
+    }
+
+    /// What makes its types and tables.
+    pub(super) fn setup(&self) -> impl Iterator<Item = String> {
+        let own = format!("create type {OWN_TYPE} as enum ('{}', '{}')", OWN_VALUES[0], OWN_VALUES[1]);
+        [own].into_iter().chain(self.tables.iter().flat_map(Table::statements))
     }
 
     /// As a person would type it.
     pub(super) fn script(&self) -> String {
-        let mut script = String::new();
-        for table in &self.tables {
-            table.statements().iter().for_each(|it| script += &format!("{it};\n"));
-        }
+        let mut script = format!("-- skipped.operations={}\n", if self.skips_truncate { "t" } else { "none" });
+        self.setup().for_each(|it| script += &format!("{it};\n"));
         for (place, phase) in self.phases.iter().enumerate() {
             script += if place == 0 { "-- before anybody captures\n" } else { "-- all before this was read\n" };
-            for statement in phase {
+            for Said { by, statement } in phase {
                 let Sent { sql, copied } = statement.sent();
+                script += if *by == 0 { "" } else { "/* the other writer */ " };
                 script += &format!("{sql};\n");
                 script.extend(copied.map(|lines| format!("{lines}\\.\n")));
             }
@@ -174,7 +201,11 @@ impl Table {
         let name = identifier(&self.name);
         let mut columns: Vec<String> = self.columns.iter().map(|it| format!("{} {}", identifier(&it.name), it.definition)).collect();
         if !self.key.is_empty() {
-            columns.push(format!("primary key ({})", self.key.iter().map(|it| identifier(it)).collect::<Vec<_>>().join(", ")));
+            columns.push(format!(
+                "constraint {} primary key ({})",
+                key_name(&self.name),
+                self.key.iter().map(|it| identifier(it)).collect::<Vec<_>>().join(", ")
+            ));
         }
         let mut statements = vec![format!("create table {name} ({})", columns.join(", "))];
         let mut each = vec![name.clone()];

@@ -6,7 +6,7 @@ use std::{
 };
 
 use ledgerline::{
-    cdc::{self, Config, Step},
+    cdc::{self, Config, SkippedOperations, Step},
     change::Lsn,
     fault::{Diagnose as _, Fault},
     secret::Secret,
@@ -20,7 +20,7 @@ use rdkafka::{
 use sqlx::{AssertSqlSafe, PgConnection};
 
 use super::{
-    case::{Case, Statement},
+    case::{Case, Said, Statement, WRITERS},
     compare::{Difference, differences},
     types::PREAMBLE,
 };
@@ -44,17 +44,11 @@ pub(super) struct Written {
 /// What an engine wrote, by topic without its prefix.
 pub(super) type Topics = BTreeMap<String, Vec<Written>>;
 
-pub(super) struct Outcome {
-    pub(super) ours: Topics,
-    pub(super) theirs: Topics,
+struct Outcome {
+    ours: Topics,
+    theirs: Topics,
     /// How many statements of each case were done, and how many PostgreSQL refused.
-    pub(super) done: Vec<(usize, usize)>,
-}
-
-impl Outcome {
-    pub(super) fn differences(&self) -> Vec<Difference> {
-        differences(&self.ours, &self.theirs)
-    }
+    done: Vec<(usize, usize)>,
 }
 
 /// Its topics are gone when dropped.
@@ -72,7 +66,65 @@ pub(super) fn schema(place: usize) -> String {
 
 const SENTINEL: &str = "cases.sentinel";
 
-pub(super) async fn both(cases: &[Case]) -> Outcome {
+/// Debezium itself gave up on what was done, and why: what its task's trace begins with, and its innermost cause.
+#[derive(Debug)]
+pub(super) struct TaskFailed(String);
+
+/// What became of one case.
+pub(super) struct Done {
+    pub(super) differences: Vec<Difference>,
+    pub(super) statements: usize,
+    pub(super) refused: usize,
+}
+
+/// All cases at once; where Debezium's task fails over some, by halves until it is known over which.
+pub(super) struct Run {
+    /// In the order of the cases.
+    pub(super) done: Vec<Option<Done>>,
+    /// On topics of no case.
+    pub(super) shared: Vec<Difference>,
+    pub(super) messages: usize,
+}
+
+pub(super) async fn each(cases: &[Case]) -> Run {
+    let mut run = Run { done: cases.iter().map(|_| None).collect(), shared: Vec::new(), messages: 0 };
+    let of = |skips: bool| (0..cases.len()).filter(|it| cases[*it].skips_truncate == skips).collect::<Vec<usize>>();
+    // Places of cases; the next are the last.
+    let mut left = vec![of(true), of(false)];
+    while let Some(places) = left.pop() {
+        let batch: Vec<Case> = places.iter().map(|it| cases[*it].clone()).collect();
+        if batch.is_empty() {
+            continue;
+        }
+        match (both(&batch).await, places.as_slice()) {
+            (Ok(outcome), places) => run.take(places, &outcome),
+            (Err(TaskFailed(why)), [place]) => {
+                run.done[*place] = Some(Done { differences: vec![Difference::failure(&why)], statements: 0, refused: 0 });
+            }
+            (Err(TaskFailed(why)), places) => {
+                eprintln!("Debezium's task fails over one of {} cases, which is looked for: {why}", places.len());
+                let (first, second) = places.split_at(places.len() / 2);
+                left.extend([second.to_vec(), first.to_vec()]);
+            }
+        }
+    }
+    run
+}
+
+impl Run {
+    fn take(&mut self, places: &[usize], outcome: &Outcome) {
+        let differences = differences(&outcome.ours, &outcome.theirs);
+        for (place, (statements, refused)) in outcome.done.iter().copied().enumerate() {
+            let differences = differences.iter().filter(|it| it.concerns(place)).cloned().collect();
+            self.done[places[place]] = Some(Done { differences, statements, refused });
+        }
+        let of_none = differences.into_iter().filter(|it| (0..outcome.done.len()).all(|place| !it.concerns(place)));
+        self.shared.extend(of_none);
+        self.messages += outcome.theirs.values().map(Vec::len).sum::<usize>();
+    }
+}
+
+async fn both(cases: &[Case]) -> Result<Outcome, TaskFailed> {
     let _worker = WORKER.read().await;
     let kafka = lane::stack().expect("the lane of the real servers").kafka();
     let database = Database::create("differential").await;
@@ -81,45 +133,67 @@ pub(super) async fn both(cases: &[Case]) -> Outcome {
     let mut done = vec![(0, 0); cases.len()];
     for (place, case) in cases.iter().enumerate() {
         let schema = schema(place);
-        let tables = case.tables.iter().flat_map(super::case::Table::statements);
-        let setup = [format!("create schema {schema}"), format!("set search_path to {schema}, public")].into_iter().chain(tables);
+        let setup = [format!("create schema {schema}"), format!("set search_path to {schema}, public")].into_iter().chain(case.setup());
         for sql in setup {
             sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(&mut connection).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
         }
     }
-    phase(&mut connection, cases, 0, &mut done).await;
-
-    let mut native = Engine::start(&database, &kafka, config(&database), "n");
-    let mut debezium = Engine::start(&database, &kafka, on_connect(&database), "d");
-    native.streaming(&database).await;
-    // Debezium tells no position behind its snapshot before something happened there, with heartbeats as rare as these.
-    debezium.began(&database, &mut connection).await;
-    let begin = sentinel(&mut connection).await;
-    confirmed(&mut connection, &debezium, begin).await;
-    let n_phases = cases.iter().map(|it| it.phases.len()).max().unwrap_or(0);
-    for at in 1..n_phases {
-        phase(&mut connection, cases, at, &mut done).await;
-        let end = sentinel(&mut connection).await;
-        for engine in [&native, &debezium] {
-            confirmed(&mut connection, engine, end).await;
-        }
+    let mut writers = Vec::new();
+    for _ in 0..WRITERS {
+        let mut writer = database.connect().await;
+        // One writer never goes on while the other waits for it: a lock that is not free is an error, the same in each run.
+        sqlx::raw_sql("set lock_timeout to '10ms'").execute(&mut writer).await.expect("a setting");
+        writers.push(writer);
     }
-    let (ours, theirs) = (native.written(), debezium.written());
+    phase(&mut writers, cases, 0, &mut done).await;
+
+    let skipped_operations = if cases[0].skips_truncate { SkippedOperations::T } else { SkippedOperations::None };
+    let settings = |config: Config| Config { skipped_operations, ..config };
+    let mut native = Engine::start(&database, &kafka, settings(config(&database)), "n");
+    native.streaming(&database).await;
+    // Only now: what helps its slot on are transactions that both have to see.
+    let mut debezium = Engine::start(&database, &kafka, settings(on_connect(&database)), "d");
+    let captured = capture(&database, (&mut connection, &mut writers), cases, (&native, &mut debezium), &mut done).await;
+    let written = captured.map(|()| (native.written(), debezium.written()));
     native.stop(&database).await;
     debezium.stop(&database).await;
-    Outcome { ours, theirs, done }
+    written.map(|(ours, theirs)| Outcome { ours, theirs, done })
+}
+
+async fn capture(
+    database: &Database,
+    (connection, writers): (&mut PgConnection, &mut [PgConnection]),
+    cases: &[Case],
+    (native, debezium): (&Engine, &mut Engine),
+    done: &mut [(usize, usize)],
+) -> Result<(), TaskFailed> {
+    // Debezium tells no position behind its snapshot before something happened there, with heartbeats as rare as these.
+    debezium.began(database, connection).await?;
+    let begin = sentinel(connection).await;
+    confirmed(connection, debezium, begin).await?;
+    let n_phases = cases.iter().map(|it| it.phases.len()).max().unwrap_or(0);
+    for at in 1..n_phases {
+        phase(writers, cases, at, done).await;
+        let end = sentinel(connection).await;
+        for engine in [native, &*debezium] {
+            confirmed(connection, engine, end).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Waits until the engine has told its slot that the broker has all before that place.
-async fn confirmed(connection: &mut PgConnection, engine: &Engine, end: Lsn) {
+async fn confirmed(connection: &mut PgConnection, engine: &Engine, end: Lsn) -> Result<(), TaskFailed> {
     const CONFIRMED: &str = "select coalesce((confirmed_flush_lsn - '0/0')::bigint, 0) from pg_replication_slots where slot_name = $1";
     let deadline = Instant::now() + PATIENCE;
     let end = i64::try_from(end.0).expect("a position");
     while sqlx::query_scalar::<_, i64>(CONFIRMED).bind(&engine.config.slot).fetch_one(&mut *connection).await.expect("an answer") <= end {
+        engine.alive()?;
         let stats = engine.running().handle.stats.borrow().clone();
         assert!(Instant::now() < deadline, "{} does not get on: {stats:?}", engine.config.engine.as_str());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    Ok(())
 }
 
 /// A place in the WAL which only a commit behind everything so far lies behind.
@@ -132,17 +206,21 @@ async fn sentinel(connection: &mut PgConnection) -> Lsn {
     Lsn(u64::try_from(at).expect("a position"))
 }
 
-async fn phase(connection: &mut PgConnection, cases: &[Case], at: usize, done: &mut [(usize, usize)]) {
+async fn phase(writers: &mut [PgConnection], cases: &[Case], at: usize, done: &mut [(usize, usize)]) {
     for (place, case) in cases.iter().enumerate() {
         let Some(statements) = case.phases.get(at) else { continue };
-        let path = format!("set search_path to {}, public", schema(place));
-        sqlx::raw_sql(AssertSqlSafe(path)).execute(&mut *connection).await.expect("a search path");
-        for statement in statements {
-            let is_done = execute(connection, statement).await;
+        for writer in &mut *writers {
+            let path = format!("set search_path to {}, public", schema(place));
+            sqlx::raw_sql(AssertSqlSafe(path)).execute(writer).await.expect("a search path");
+        }
+        for Said { by, statement } in statements {
+            let is_done = execute(&mut writers[*by], statement).await;
             if is_done { done[place].0 += 1 } else { done[place].1 += 1 }
         }
         // What shrinking left open; outside of a transaction a warning.
-        sqlx::raw_sql("commit").execute(&mut *connection).await.expect("an end");
+        for writer in &mut *writers {
+            sqlx::raw_sql("commit").execute(writer).await.expect("an end");
+        }
     }
 }
 
@@ -186,16 +264,26 @@ impl Engine {
     }
 
     /// What is written from now on it will see as a change.
-    async fn began(&mut self, database: &Database, connection: &mut PgConnection) {
+    async fn began(&mut self, database: &Database, connection: &mut PgConnection) -> Result<(), TaskFailed> {
         const BEGAN: &str = "select exists (select from pg_replication_slots where slot_name = $1 and confirmed_flush_lsn is not null)";
         let deadline = Instant::now() + PATIENCE;
         while !sqlx::query_scalar::<_, bool>(BEGAN).bind(&self.config.slot).fetch_one(&mut *connection).await.expect("an answer") {
             assert!(Instant::now() < deadline, "{} has no slot yet", self.config.engine.as_str());
             tokio::time::sleep(Duration::from_millis(50)).await;
+            self.alive()?;
             if self.running().handle.stats.has_changed().is_err() {
                 self.start_again(database).await;
             }
         }
+        Ok(())
+    }
+
+    /// Whether its task goes on. It is restarted some times, in vain where what it reads is what it fails over.
+    fn alive(&self) -> Result<(), TaskFailed> {
+        let stats = self.running().handle.stats.borrow();
+        let tasks = stats.connector.iter().flat_map(|it| &it.tasks);
+        let failed = tasks.filter(|it| it.state == "FAILED").find_map(|it| it.trace.clone());
+        failed.map_or(Ok(()), |trace| Err(TaskFailed(trace)))
     }
 
     async fn streaming(&mut self, database: &Database) {

@@ -1,6 +1,9 @@
 //! The types that tables are made of, and values of each: ordinary ones, and those at their edges.
 
-use super::dice::Dice;
+use super::{
+    case::{OWN_TYPE, OWN_VALUES},
+    dice::Dice,
+};
 
 /// What every case may use, made once for all of them.
 pub(super) const PREAMBLE: &str = "
@@ -8,6 +11,9 @@ create extension hstore;
 create extension citext;
 create extension ltree;
 create extension isn;
+create extension cube;
+create extension seg;
+create extension vector;
 create type mood as enum ('sad', 'ok', 'so so', 'Happy', 'a,b', 'it''s');
 create domain positive as integer check (value > 0);
 create domain label as varchar(20);
@@ -161,6 +167,13 @@ pub(super) const TYPES: &[Type] = &[
     plain("hstore", &["", "a=>1", "a=>NULL", "\"b c\"=>\"d\\\"e\"", "é=>😀", "x=>\"\""]),
     plain("citext", WORDS),
     plain("ltree", &["", "Top.Science.Astronomy"]),
+    plain("cube", &["(1, 2),(3, 4)"]),
+    plain("seg", &["1.5 .. 2"]),
+    plain("vector", &["[1,2,3]", "[0.1,-0,1e-20]", "[0]"]),
+    plain("vector(2)", &["[1.5,-2]"]),
+    plain("halfvec", &["[1,2,3]", "[0.1,-0,65504]"]),
+    plain("sparsevec", &["{1:1.5,3:-2}/5", "{}/3"]),
+    keyable(OWN_TYPE, &[OWN_VALUES[0], OWN_VALUES[1]]),
     plain("isbn", &["978-0-393-04002-9"]),
     keyable("mood", &["sad", "ok", "so so", "Happy", "a,b", "it's"]),
     plain("positive", &["1", "2147483647"]),
@@ -178,6 +191,9 @@ const LONG: &[&str] = &["text", "varchar", "jsonb", "json", "bytea", "citext", "
 const LONG_ARRAYS: &[&str] =
     &["text[]", "varchar[]", "integer[]", "bigint[]", "smallint[]", "uuid[]", "double precision[]", "timestamptz[]", "boolean[]", "date[]"];
 
+/// Of these Debezium has an array of its own where the stream leaves one out.
+const LONG_ARRAYS_REQUIRED: &[&str] = &["text", "varchar", "char(8)", "integer", "bigint", "date", "uuid", "json", "jsonb", "bytea"];
+
 /// A column's type as the generator has it: one of the list, or an array of one.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Chosen {
@@ -187,9 +203,7 @@ pub(super) struct Chosen {
 
 impl Chosen {
     pub(super) fn any(dice: &mut Dice) -> Self {
-        let of = dice.one_of(TYPES);
-        // Debezium makes an array of `ltree` that holds a NULL null.
-        Self { of, array: dice.in_hundred(18) && of.name != "ltree" }
+        Self { of: dice.one_of(TYPES), array: dice.in_hundred(18) }
     }
 
     pub(super) fn text() -> Self {
@@ -216,9 +230,13 @@ impl Chosen {
         Self::named(name, array)
     }
 
-    /// Whether Debezium has something of its own for such a column where the stream does not tell it.
+    /// Whether such a column can be NOT NULL. At a value that the stream left out, or that it cannot read, Debezium has a null, and
+    /// for a null in such a column no more than a task that fails (`assets/cdc-types.md`).
     pub(super) fn may_be_required(self) -> bool {
-        !self.array && !matches!(self.of.name, "line" | "lseg" | "box" | "path" | "polygon" | "circle" | "numbers")
+        if self.array {
+            return LONG_ARRAYS_REQUIRED.contains(&self.of.name);
+        }
+        !matches!(self.of.name, "bit varying(1)" | "sparsevec")
     }
 
     pub(super) fn name(self) -> String {
@@ -236,6 +254,16 @@ impl Chosen {
         }
     }
 
+    /// Of an array of these with a NULL in it Debezium makes null.
+    fn has_no_nulls_in_arrays(self) -> bool {
+        ["ltree", "tsvector", "isbn", "vector", "vector(2)", "halfvec", "sparsevec", "mood", "feeling", OWN_TYPE].contains(&self.of.name)
+    }
+
+    /// The others are null or objects one by one.
+    fn is_lost_in_arrays_of_arrays(self) -> bool {
+        matches!(self.of.name, "timetz" | "timetz(2)" | "line" | "lseg" | "box" | "path" | "polygon" | "circle")
+    }
+
     fn element(self, dice: &mut Dice) -> &'static str {
         loop {
             let value = dice.one_of(self.of.values);
@@ -251,7 +279,14 @@ impl Chosen {
             (values, false) => Some((*dice.one_of(values)).to_owned()),
             (_, true) => {
                 let n_elements = dice.below(4);
-                Some(array((0..n_elements).map(|_| (!dice.in_hundred(20)).then(|| self.element(dice)))))
+                let nulls = if self.has_no_nulls_in_arrays() { 0 } else { 20 };
+                let one = |dice: &mut Dice| self.array_of((0..n_elements).map(|_| (!dice.in_hundred(nulls)).then(|| self.element(dice))));
+                let first = one(dice);
+                Some(match dice.below(12) {
+                    0 if n_elements > 0 && nulls > 0 && !self.is_lost_in_arrays_of_arrays() => format!("{{{first}{}{}}}", self.of.delimiter(), one(dice)),
+                    1 if n_elements == 3 => format!("[-1:1]={first}"),
+                    _ => first,
+                })
             }
         }
     }
@@ -263,7 +298,7 @@ impl Chosen {
         }
         if self.array {
             let values: Vec<&str> = (0..1500).map(|_| self.element(dice)).collect();
-            return Some(array(values.into_iter().map(Some)));
+            return Some(self.array_of(values.into_iter().map(Some)));
         }
         let length = 2500 + dice.below(5000);
         let text = dice.hexadecimal(length);
@@ -275,13 +310,20 @@ impl Chosen {
             _ => return self.value(dice),
         })
     }
+
+    /// PostgreSQL's text of an array; every element in quotes.
+    fn array_of<'a>(self, elements: impl Iterator<Item = Option<&'a str>>) -> String {
+        let quoted = |it: Option<&str>| match it {
+            None => "NULL".to_owned(),
+            Some(text) => format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"")),
+        };
+        format!("{{{}}}", elements.map(quoted).collect::<Vec<_>>().join(self.of.delimiter()))
+    }
 }
 
-/// PostgreSQL's text of an array; every element in quotes.
-fn array<'a>(elements: impl Iterator<Item = Option<&'a str>>) -> String {
-    let quoted = |it: Option<&str>| match it {
-        None => "NULL".to_owned(),
-        Some(text) => format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"")),
-    };
-    format!("{{{}}}", elements.map(quoted).collect::<Vec<_>>().join(","))
+impl Type {
+    /// What stands between the elements of its arrays.
+    fn delimiter(&self) -> &'static str {
+        if self.name == "box" { ";" } else { "," }
+    }
 }
