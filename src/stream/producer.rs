@@ -37,7 +37,7 @@ pub const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Bytes of one batch before it is compressed, where the topics take that much; those that we make take a multiple of it.
 const BATCH_BYTES: usize = 2 * 1024 * 1024;
 /// A broker that has not answered a request for so long is asked again on a new connection, as Java's producer has it: half of
-/// librdkafka's own limit, and still enough for a full batch at 140 kB/s.
+/// librdkafka's own limit, and still enough for a full batch at 70 kB/s.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Without any acknowledgement for so long, messages that wait are worth a word.
 const SILENCE_TOLD: Duration = Duration::from_secs(15);
