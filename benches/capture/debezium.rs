@@ -12,6 +12,8 @@ use ledgerline::{
 };
 use rdkafka::{
     ClientConfig,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer as _},
 };
 
@@ -48,9 +50,10 @@ pub(crate) async fn compare(rows: u64) -> anyhow::Result<()> {
     for engine in [cdc::Engine::Debezium, cdc::Engine::Native] {
         let name = format!("{NAME}_{}_{}", engine.as_str(), std::process::id());
         let config = Config { engine, slot: name.clone(), publication: name.clone(), topic_prefix: name, ..base.clone() };
+        make_topics(&broker, &config, &tables).await?;
         let before = cpu_by_thread();
         let runner = Runner { engine: Engine::start(&database, &broker, config.clone()), config };
-        let rate = watched(&ends, &runner.config, &[snapshot::TABLE], rows).await?;
+        let rate = watched(&ends, &runner, &[snapshot::TABLE], rows).await?;
         println!("snapshot of {rows} rows, {}: {rate:.0} rows/s · CPU of this process {:.2} µs/row", engine.as_str(), micros_a_row(cpu_since(&before).0, rows));
         took.push(rate);
         runner.engine.until(|it| it.step == Step::Streaming).await?;
@@ -64,7 +67,7 @@ pub(crate) async fn compare(rows: u64) -> anyhow::Result<()> {
         let mut took = Vec::new();
         for runner in &runners {
             runner.engine.handle.wanted.send_replace(Phase::Running);
-            took.push(watched(&ends, &runner.config, &streaming::TABLES, rows).await?);
+            took.push(watched(&ends, runner, &streaming::TABLES, rows).await?);
             paused(runner).await?;
         }
         let rates: Vec<String> = took.iter().map(|it| format!("{it:.0} rows/s")).collect();
@@ -77,6 +80,21 @@ pub(crate) async fn compare(rows: u64) -> anyhow::Result<()> {
     database.remove().await
 }
 
+/// The ends of a topic can be asked only once it is there.
+async fn make_topics(broker: &str, config: &Config, tables: &[&str]) -> anyhow::Result<()> {
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new().set("bootstrap.servers", broker).create()?;
+    let names: Vec<String> = tables.iter().map(|it| topic(config, it)).collect();
+    let topics: Vec<NewTopic<'_>> = names.iter().map(|it| NewTopic::new(it, 1, TopicReplication::Fixed(1))).collect();
+    for made in admin.create_topics(&topics, &AdminOptions::new()).await? {
+        made.map_err(|(topic, error)| anyhow::anyhow!("topic {topic}: {error}"))?;
+    }
+    Ok(())
+}
+
+fn topic(config: &Config, table: &str) -> String {
+    format!("{}.public.{table}", config.topic_prefix)
+}
+
 async fn paused(runner: &Runner) -> anyhow::Result<()> {
     runner.engine.handle.wanted.send_replace(Phase::Paused);
     runner.engine.until(|it| it.phase == Phase::Paused).await.map(drop)
@@ -87,7 +105,8 @@ fn ratio(took: &[f64]) -> f64 {
 }
 
 /// Rows a second, once so many more are in the topics than now.
-async fn watched(ends: &BaseConsumer, config: &Config, tables: &[&str], rows: u64) -> anyhow::Result<f64> {
+async fn watched(ends: &BaseConsumer, runner: &Runner, tables: &[&str], rows: u64) -> anyhow::Result<f64> {
+    let config = &runner.config;
     let before = told(ends, config, tables);
     let mut first = None;
     loop {
@@ -100,13 +119,13 @@ async fn watched(ends: &BaseConsumer, config: &Config, tables: &[&str], rows: u6
         if arrived >= rows {
             return Ok(per_second(rows - already, start.elapsed()));
         }
+        runner.engine.still_runs()?;
         tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 
-/// Messages in the topics; none where there is no topic yet.
+/// Messages in the topics.
 fn told(ends: &BaseConsumer, config: &Config, tables: &[&str]) -> u64 {
-    let topic = |table: &&str| format!("{}.public.{table}", config.topic_prefix);
-    let end = |table| ends.fetch_watermarks(&topic(table), 0, ASK).map_or(0, |it| u64::try_from(it.1).unwrap_or(0));
+    let end = |table: &&str| ends.fetch_watermarks(&topic(config, table), 0, ASK).map_or(0, |it| u64::try_from(it.1).unwrap_or(0));
     tables.iter().map(end).sum()
 }

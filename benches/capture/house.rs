@@ -138,6 +138,13 @@ impl Engine {
         Ok(tokio::time::timeout(PATIENCE, stats.wait_for(reached)).await??.clone())
     }
 
+    /// An engine that ended by itself says why when it is stopped.
+    pub(crate) fn still_runs(&self) -> anyhow::Result<()> {
+        let stats = self.handle.stats.borrow();
+        anyhow::ensure!(!self.task.is_finished(), "the engine ended while it was {:?}: {:?}", stats.step, stats.waiting_for);
+        Ok(())
+    }
+
     pub(crate) async fn stop(self) -> anyhow::Result<()> {
         self.handle.stop.cancel();
         Ok(self.task.await??)

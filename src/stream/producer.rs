@@ -31,7 +31,7 @@ const QUEUE_KIB: usize = 24 * 1024;
 const _: () = assert!(QUEUE_KIB * 1024 > MESSAGE_BYTES_MAX, "a message that the queue never has room for would wait for ever");
 /// Messages that may wait for the broker; librdkafka keeps more than 500 bytes for each beside its payload. More of them are not faster
 /// (measured), and a broker that is away fills any queue.
-const QUEUE_MESSAGES: usize = 10_000;
+pub const QUEUE_MESSAGES: u64 = 10_000;
 /// The largest message we send: a row before and after, as JSON. What is larger needs a person.
 pub const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Bytes of one batch before it is compressed, where the topics take that much; those that we make take a multiple of it.
@@ -41,6 +41,8 @@ const BATCH_BYTES: usize = 2 * 1024 * 1024;
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Without any acknowledgement for so long, messages that wait are worth a word.
 const SILENCE_TOLD: Duration = Duration::from_secs(15);
+/// Acknowledgements after which a full queue is worth another look.
+const ROOM: u64 = 512;
 /// How long a full queue is waited for before looking again, should its wake-up be missed.
 const FULL_QUEUE_WAIT: Duration = Duration::from_millis(50);
 
@@ -155,8 +157,11 @@ impl Diagnose for Error {
 /// What the delivery thread tells the owner.
 #[derive(Debug, Default)]
 struct Shared {
-    /// Rings whenever a receipt is complete, a queue may have room again, or the producer broke.
+    /// Rings whenever a receipt is complete, or the producer broke.
     bell: Notify,
+    /// Rings, for all who wait, when the queue has room again after it was full.
+    room: Notify,
+    full: AtomicBool,
     failure: Mutex<Option<Error>>,
     failed: AtomicBool,
     /// Whether the broker could not be reached when we last heard of it.
@@ -173,6 +178,7 @@ impl Shared {
         failure.get_or_insert(error);
         self.failed.store(true, Ordering::Release);
         self.bell.notify_one();
+        self.room.notify_waiters();
     }
 }
 
@@ -205,7 +211,11 @@ impl ProducerContext for Deliveries {
     fn delivery(&self, result: &DeliveryResult<'_>, receipt: Arc<Receipt>) {
         match result {
             Ok(_) => {
-                self.0.acked.fetch_add(1, Ordering::Relaxed);
+                let acked = self.0.acked.fetch_add(1, Ordering::Relaxed);
+                // A batch's messages come one after the other: who waits is woken for a good part of them.
+                if acked.is_multiple_of(ROOM) && self.0.full.swap(false, Ordering::Relaxed) {
+                    self.0.room.notify_waiters();
+                }
                 if self.0.away.load(Ordering::Relaxed) && self.0.away.swap(false, Ordering::Relaxed) {
                     tracing::info!("the broker is back");
                 }
@@ -285,7 +295,7 @@ impl Producer {
         Ok(Self { inner: Some(inner), shared, silence: Mutex::new(Silence::new(Instant::now())) })
     }
 
-    /// Puts a message into the queue, as part of an open batch. False: the queue is full, try again after [`Self::rung`].
+    /// Puts a message into the queue, as part of an open batch. False: the queue is full, try again later.
     pub fn try_send(&self, outgoing: Outgoing<'_>, receipt: &Arc<Receipt>) -> Result<bool, Error> {
         let mut record = BaseRecord::<[u8], [u8], _>::with_opaque_to(outgoing.topic, Arc::clone(receipt));
         record.partition = outgoing.partition;
@@ -299,7 +309,10 @@ impl Producer {
             Err((error, _)) => {
                 receipt.settle_one();
                 match error.rdkafka_error_code() {
-                    Some(RDKafkaErrorCode::QueueFull) => Ok(false),
+                    Some(RDKafkaErrorCode::QueueFull) => {
+                        self.shared.full.store(true, Ordering::Relaxed);
+                        Ok(false)
+                    }
                     Some(RDKafkaErrorCode::Fatal) => Err(Error::Broken(self.inner().client().fatal_error().map(|it| it.1).unwrap_or_default())),
                     _ => Err(Error::Refused { topic: outgoing.topic.to_owned(), source: error }),
                 }
@@ -311,8 +324,8 @@ impl Producer {
     pub async fn send(&self, outgoing: Outgoing<'_>, receipt: &Arc<Receipt>) -> Result<(), Error> {
         while !self.try_send(outgoing, receipt)? {
             self.check()?;
-            // An acknowledgement may ring before we listen; the timeout covers that.
-            let _ = tokio::time::timeout(FULL_QUEUE_WAIT, self.rung()).await;
+            // It may ring before we listen, or too few acknowledgements are left for it to ring at all: the timeout covers both.
+            let _ = tokio::time::timeout(FULL_QUEUE_WAIT, self.shared.room.notified()).await;
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, time::Duration};
 use ledgerline::{
     cdc::{self, Config, SnapshotEnds, Step},
     fault::{Diagnose as _, Fault},
+    stream::producer::QUEUE_MESSAGES,
 };
 
 use super::{
@@ -167,11 +168,11 @@ async fn a_broker_behind_a_cut_network_is_waited_for_with_the_slot_alive_a_bound
 
     network.still();
     database.run(&format!("insert into payments select id, 1.00, 'x' from generate_series(2, {ROWS}) id;")).await;
-    let full = capture.until("a full queue", |it| it.queued >= 40_000).await;
+    let full = capture.until("a full queue", |it| it.queued >= QUEUE_MESSAGES * 4 / 5).await;
     outage(&database).await;
     let later = capture.handle.stats.borrow().clone();
-    assert!(later.queued <= 50_000 && later.reconnects == 0 && later.confirmed_lsn < database.wal_position().await, "{later:?}");
-    assert!(later.n_events() <= full.n_events() + 20_000, "it reads on though nobody takes it: {} {}", full.n_events(), later.n_events());
+    assert!(later.queued <= QUEUE_MESSAGES && later.reconnects == 0 && later.confirmed_lsn < database.wal_position().await, "{later:?}");
+    assert!(later.n_events() <= full.n_events() + QUEUE_MESSAGES, "it reads on though nobody takes it: {} {}", full.n_events(), later.n_events());
     network.flow();
 
     let stats = capture.drain(&database).await;
