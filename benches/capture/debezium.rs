@@ -19,7 +19,7 @@ use rdkafka::{
 
 use crate::{
     house::{Database, Engine, cpu_by_thread, cpu_since, micros_a_row, per_second},
-    snapshot,
+    snapshot::NARROW,
     streaming::{self, ROWS_PER_TRANSACTION},
 };
 
@@ -39,10 +39,10 @@ pub(crate) async fn compare(rows: u64) -> anyhow::Result<()> {
     let connect_url = variable("LEDGERLINE__CDC__CONNECT_URL")?;
     let ends: BaseConsumer = ClientConfig::new().set("bootstrap.servers", &broker).create()?;
     let mut database = Database::create(NAME, streaming::SCHEMA).await?;
-    for statement in snapshot::schema(rows).split_inclusive(';') {
-        database.run(statement).await?;
+    for statement in NARROW.statements(rows) {
+        database.run(&statement).await?;
     }
-    let tables: Vec<&str> = streaming::TABLES.into_iter().chain([snapshot::TABLE]).collect();
+    let tables: Vec<&str> = streaming::TABLES.into_iter().chain([NARROW.table]).collect();
     let base = Config { connect_url, database_password: cdc::CLEAR_PASSWORD.to_owned(), ..database.config(&tables) };
 
     let mut runners = Vec::new();
@@ -53,7 +53,7 @@ pub(crate) async fn compare(rows: u64) -> anyhow::Result<()> {
         make_topics(&broker, &config, &tables).await?;
         let before = cpu_by_thread();
         let runner = Runner { engine: Engine::start(&database, &broker, config.clone()), config };
-        let rate = watched(&ends, &runner, &[snapshot::TABLE], rows).await?;
+        let rate = watched(&ends, &runner, &[NARROW.table], rows).await?;
         println!("snapshot of {rows} rows, {}: {rate:.0} rows/s · CPU of this process {:.2} µs/row", engine.as_str(), micros_a_row(cpu_since(&before).0, rows));
         took.push(rate);
         runner.engine.until(|it| it.step == Step::Streaming).await?;

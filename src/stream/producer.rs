@@ -127,7 +127,7 @@ pub enum Error {
     Clock { topic: String, clock: DateTime<Utc> },
     #[error(
         "the broker takes no such message in topic {topic}: a compacted topic takes none without a key (set cleanup.policy = delete), and none takes \
-         one from far ahead, while this machine's clock says {}",
+         one from far ahead (message.timestamp.after.max.ms). Set the clock, if it is wrong: this machine's clock says {}",
         clock.format("%F %T UTC")
     )]
     Invalid { topic: String, clock: DateTime<Utc> },

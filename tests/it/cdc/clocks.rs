@@ -2,11 +2,11 @@
 
 use std::{fs, os::unix::fs::FileExt as _, path::PathBuf, process::Command, time::Duration};
 
-use ledgerline::{cdc, cdc::Config, stream::topics::Topics};
+use ledgerline::cdc::{self, Config};
 use tempfile::TempDir;
 
 use super::{
-    crashes::{Process, until_end},
+    crashes::Process,
     days::{PAYMENTS, finish, held, parsed, replayed, write_payments},
     house::{Database, PATIENCE, Reader, config},
 };
@@ -54,7 +54,6 @@ struct Scene {
     clock: Clock,
     process: Process,
     topic: String,
-    asking: Topics,
 }
 
 impl Scene {
@@ -65,16 +64,10 @@ impl Scene {
         let clock = Clock::new();
         let process = Process::start_with(&database, &stream.address, &config, &clock.environment());
         let topic = format!("{}.public.payments", stream.prefix);
-        let asking = Topics::connect(&stream.address).expect("a client");
-        Self { database, stream, config, clock, process, topic, asking }
+        Self { database, stream, config, clock, process, topic }
     }
 
-    /// Waits until that many events are with the broker.
-    async fn until(&self, n_events: i64) {
-        until_end(&self.asking, &self.topic, n_events).await;
-    }
-
-    /// Waits until everything is, and the slot knows.
+    /// Waits until the broker has everything, and the slot knows.
     async fn drained(&self) {
         let end = self.database.wal_position().await;
         let confirmed = async {
@@ -94,13 +87,12 @@ impl Scene {
 async fn a_clock_that_jumps_by_years_ahead_and_back_changes_the_times_of_events_and_nothing_else() {
     let scene = Scene::new("jumps", Stream::own().await).await;
     let writer = write_payments(scene.database.url.clone(), 1..5_000);
-    scene.until(100).await;
-    scene.clock.is_off_by(3 * YEAR);
-    scene.until(200).await;
-    scene.clock.is_off_by(-5 * YEAR);
-    scene.until(300).await;
-    scene.clock.is_off_by(0);
-    scene.until(400).await;
+    for (id, years) in [(10_001, 0), (10_002, 3), (10_003, -5), (10_004, 0)] {
+        scene.clock.is_off_by(years * YEAR);
+        // The writer may be done by now: this row is written, and so captured, by that clock in any case.
+        scene.database.run(&format!("insert into payments values ({id}, 1.00, 'by that clock');")).await;
+        scene.drained().await;
+    }
     finish(writer).await;
     scene.drained().await;
     let records = Reader::start(&scene.stream.address).read(&scene.topic);
@@ -124,7 +116,7 @@ async fn a_clock_that_jumps_by_years_ahead_and_back_changes_the_times_of_events_
 async fn a_clock_far_ahead_of_the_brokers_is_told_and_once_it_is_right_everything_arrives() {
     let scene = Scene::new("ahead", Stream::open().await).await;
     scene.database.run("insert into payments values (1, 1.00, 'before');").await;
-    scene.until(1).await;
+    scene.drained().await;
     scene.clock.is_off_by(3 * YEAR);
     scene.database.run("insert into payments values (2, 1.00, 'ahead');").await;
     let told = scene.process.until_told("this machine's clock says");
