@@ -44,6 +44,11 @@ fn without_line(text: String) -> String {
     }
 }
 
+/// PostgreSQL's five characters for what it refuses; None where it was not asked, or did not answer.
+pub(crate) fn sqlstate(error: &sqlx::Error) -> Option<String> {
+    error.as_database_error()?.code().map(|code| code.into_owned())
+}
+
 /// Waiting times between tries: doubling from `first` up to `max`.
 #[derive(Debug, Clone)]
 pub struct Backoff {

@@ -17,7 +17,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
 
 use crate::{
     change::Lsn,
-    fault::{Diagnose, Fault},
+    fault::{Diagnose, Fault, sqlstate},
     latency::Histogram,
     secret::{Secret, without_password},
     units::Money,
@@ -112,7 +112,7 @@ impl Diagnose for Error {
     fn fault(&self) -> Fault {
         match self {
             Self::Warehouse(error) => error.fault(),
-            Self::Source { source, .. } if warehouse::sqlstate(source).is_none() => Fault::Transient,
+            Self::Source { source, .. } if sqlstate(source).is_none() => Fault::Transient,
             Self::Source { address, .. } => Fault::Operator(format!("check that {address} is the bank's database and that its tables may be read")),
             Self::NotYet => Fault::Operator("run both DAGs once: `ledgerline dag trigger MinIO_S3_to_Snowflake`".to_owned()),
             Self::Torn => Fault::Transient,

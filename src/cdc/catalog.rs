@@ -197,9 +197,9 @@ pub(super) async fn describe(connection: &mut PgConnection, id: &TableId, topics
     Ok(Table::new(id.clone(), topics.table(id), specs))
 }
 
-/// How many rows the planner expects. It is asked, as what it noted down at the last ANALYZE may be old, or not be there at all.
-pub(super) async fn estimate(connection: &mut PgConnection, table: &TableId) -> Result<u64, Error> {
-    let rows = rows_of(connection, table).await?;
+/// How many rows the planner expects; `rows` is what they are selected from ([`rows_of`]). It is asked, as what it noted down at the
+/// last ANALYZE may be old, or not be there at all.
+pub(super) async fn estimate(connection: &mut PgConnection, table: &TableId, rows: &str) -> Result<u64, Error> {
     let statement = format!("explain (format json) select 1 from {rows}");
     let asked = sqlx::query_scalar(AssertSqlSafe(statement)).fetch_one(connection).await;
     let plan: sqlx::types::Json<serde_json::Value> = asked.map_err(|source| Error::Unread { table: table.to_string(), source })?;

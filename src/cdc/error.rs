@@ -5,7 +5,7 @@ use pgwire_replication::PgWireError;
 use super::{pgoutput, values};
 use crate::{
     change::Lsn,
-    fault::{Diagnose, Fault},
+    fault::{Diagnose, Fault, sqlstate},
     stream::{producer, topics},
 };
 
@@ -325,7 +325,7 @@ fn sql_fault(error: &sqlx::Error) -> Fault {
 
 /// What stands in the way of a table's rows.
 fn unread_fault(table: &str, error: &sqlx::Error) -> Fault {
-    match error.as_database_error().and_then(|it| it.code()).as_deref() {
+    match sqlstate(error).as_deref() {
         Some("42501") => Fault::Operator(format!(
             "grant select on {table} to the user of source.url, and bypassrls where the table has row security: its policies would hide rows; \
              or leave it out (cdc.tables_exclude)"

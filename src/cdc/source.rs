@@ -12,7 +12,7 @@ use sqlx::{
 };
 
 use super::error::Error;
-use crate::{change::Lsn, secret::Secret};
+use crate::{change::Lsn, fault::sqlstate, secret::Secret};
 
 /// How values are printed: the same on the walsender and in the snapshot, so that a row reads the same from both.
 const SETTINGS: [(&str, &str); 5] =
@@ -147,11 +147,12 @@ pub async fn wal_position(source: &Secret) -> Result<Lsn, Error> {
 }
 
 pub(super) async fn flushed_wal(connection: &mut PgConnection) -> Result<Lsn, Error> {
-    let text: String = sqlx::query_scalar("select pg_current_wal_flush_lsn()::text").fetch_one(connection).await.map_err(|source| match &source {
-        // The only reason PostgreSQL has not to tell it.
-        sqlx::Error::Database(refusal) if refusal.code().as_deref() == Some("55000") => Error::Standby,
-        _ => Error::Sql { what: "read the source's WAL position", source },
-    })?;
+    let text: String =
+        sqlx::query_scalar("select pg_current_wal_flush_lsn()::text").fetch_one(connection).await.map_err(|source| match sqlstate(&source).as_deref() {
+            // The only reason PostgreSQL has not to tell it.
+            Some("55000") => Error::Standby,
+            _ => Error::Sql { what: "read the source's WAL position", source },
+        })?;
     parse_lsn(&text)
 }
 

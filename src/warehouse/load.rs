@@ -18,10 +18,10 @@ use super::{
     Error, Warehouse, While,
     postgres::RawTable,
     pour::{Encode, Pour, Room, Rows},
-    sqlstate,
 };
 use crate::{
     change::Topics,
+    fault::sqlstate,
     lake::{self, Dead, Decoded, Identity, Store, log::CommitRecord},
     stream::Lane,
 };

@@ -26,7 +26,7 @@ use url::Url;
 
 use crate::{
     change::{Lsn, Topics},
-    fault::{Diagnose, Fault},
+    fault::{Diagnose, Fault, sqlstate},
     secret::Secret,
     stream::Lane,
 };
@@ -348,8 +348,4 @@ fn speaking(error: &sqlx::Error) -> Fault {
         code if ["08", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class)) => Fault::Transient,
         _ => Fault::Bug,
     }
-}
-
-pub(crate) fn sqlstate(error: &sqlx::Error) -> Option<String> {
-    error.as_database_error()?.code().map(|code| code.into_owned())
 }

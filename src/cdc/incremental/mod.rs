@@ -262,7 +262,8 @@ impl Reader {
             return Err(Trouble::Refused(format!("{} is not among cdc.tables any more", request.table)));
         };
         let mut after = request.after_key.clone();
-        let rows_estimated = catalog::estimate(&mut connection, &id).await?;
+        let rows = catalog::rows_of(&mut connection, &id).await?;
+        let rows_estimated = catalog::estimate(&mut connection, &id, &rows).await?;
         let mut progress = IncrementalSnapshot { table: request.table.clone(), rows: request.rows, rows_estimated, seconds_left: None };
         let began = Instant::now();
         tracing::info!(table = request.table, rows = request.rows, "reading the table again while the stream goes on");

@@ -42,6 +42,7 @@ use super::{
 };
 use crate::{
     change::{Lsn, TableId, Topics},
+    fault::sqlstate,
     stream::producer::{Headers, Producer},
 };
 
@@ -92,15 +93,16 @@ pub(super) async fn take(
     reader::adopt(connection, plan.snapshot).await?;
     let n_tables = u64::try_from(plan.tables.len()).unwrap_or(0);
     let mut told = Told { progress: SnapshotProgress { tables: n_tables, ..Default::default() }, ..Default::default() };
+    let mut locked = Vec::new();
     for table in plan.tables {
-        lock(connection, table, |holder| {
+        let wait = |holder: &str| {
             told.waiting_for = Some(format!("{holder}, who has locked {table}"));
             tell(&told);
-        })
-        .await?;
+        };
+        locked.push((table, lock(connection, table, wait).await?));
     }
     told.waiting_for = None;
-    let (reading, rows_estimated) = prepare(plan, connection, producer).await?;
+    let (reading, rows_estimated) = prepare(plan, locked, connection, producer).await?;
     told.progress.rows_estimated = rows_estimated;
     let mut reading = Watched { reading: Arc::new(reading), began: Instant::now(), noted: BTreeSet::new(), told };
     let mut ask = tokio::time::interval(ASK_EVERY);
@@ -129,11 +131,12 @@ async fn still_there(connection: &mut PgConnection) -> Result<(), Error> {
 }
 
 /// Keeps a table as it is, but for its rows, until the snapshot is read. Tells who has it otherwise, and waits for that a while.
-async fn lock(connection: &mut PgConnection, table: &TableId, mut wait: impl FnMut(&str)) -> Result<(), Error> {
+/// What its rows are selected from.
+async fn lock(connection: &mut PgConnection, table: &TableId, mut wait: impl FnMut(&str)) -> Result<String, Error> {
     const POLL: Duration = Duration::from_millis(500);
     let sql = |source| Error::Sql { what: "lock a table for the snapshot", source };
     let gone = |error| match error {
-        Error::Sql { source, .. } if reader::state_of(&source).as_deref() == Some("42P01") => Error::Dropped { table: table.to_string() },
+        Error::Sql { source, .. } if sqlstate(&source).as_deref() == Some("42P01") => Error::Dropped { table: table.to_string() },
         error => error,
     };
     let rows = catalog::rows_of(connection, table).await.map_err(gone)?;
@@ -141,7 +144,7 @@ async fn lock(connection: &mut PgConnection, table: &TableId, mut wait: impl FnM
     let deadline = tokio::time::Instant::now() + LOCKED_MAX;
     loop {
         let Err(refused) = sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&mut *connection).await else { break };
-        match reader::state_of(&refused).as_deref() {
+        match sqlstate(&refused).as_deref() {
             Some("55P03") => {}
             Some("42501") => return Err(Error::Unreadable { table: table.to_string() }),
             _ => return Err(gone(sql(refused))),
@@ -153,7 +156,8 @@ async fn lock(connection: &mut PgConnection, table: &TableId, mut wait: impl FnM
         }
         wait(&holder);
     }
-    sqlx::raw_sql("set local lock_timeout = 0").execute(connection).await.map(drop).map_err(sql)
+    sqlx::raw_sql("set local lock_timeout = 0").execute(connection).await.map_err(sql)?;
+    Ok(rows)
 }
 
 /// Who has locked a table, or waits for that in front of us.
@@ -169,19 +173,18 @@ async fn locker(connection: &mut PgConnection, table: &TableId) -> Result<String
 }
 
 /// All that readers need to know, and how many rows there are about.
-async fn prepare(plan: &Plan<'_>, connection: &mut PgConnection, producer: &Arc<Producer>) -> Result<(Reading, u64), Error> {
+async fn prepare(plan: &Plan<'_>, locked: Vec<(&TableId, String)>, connection: &mut PgConnection, producer: &Arc<Producer>) -> Result<(Reading, u64), Error> {
     let sql = |source| Error::Sql { what: "read the tables under the slot's snapshot", source };
     let xid: i64 = sqlx::query_scalar("select txid_snapshot_xmax(txid_current_snapshot())").fetch_one(&mut *connection).await.map_err(sql)?;
     let (mut tables, mut units, mut rows_estimated) = (Vec::new(), Vec::new(), 0);
-    for (place, id) in plan.tables.iter().enumerate() {
+    for (place, (id, from)) in locked.into_iter().enumerate() {
         let size = units::size_of(connection, id).await?;
-        rows_estimated += catalog::estimate(connection, id).await?;
+        rows_estimated += catalog::estimate(connection, id, &from).await?;
         match plan.readers {
             0 | 1 => units.push(Unit { table: place, blocks: None }),
             _ => units.extend(units::of(place, &size)),
         }
         let table = catalog::describe(connection, id, plan.topics).await?;
-        let from = catalog::rows_of(connection, id).await?;
         tables.push(ToRead { table, from, rows: AtomicU64::new(0), n_readers: AtomicUsize::new(0) });
     }
     let n_units = (0..tables.len()).map(|table| units.iter().filter(|it| it.table == table).count());

@@ -31,6 +31,7 @@ use crate::{
         source::Source,
     },
     change::Lsn,
+    fault::sqlstate,
     stream::producer::{Headers, Outgoing, Producer, Receipt},
 };
 
@@ -91,15 +92,11 @@ pub(super) async fn adopt(connection: &mut PgConnection, snapshot: &str) -> Resu
     // The name comes from the server; it holds digits and dashes only.
     let begin = format!("begin isolation level repeatable read read only; set transaction snapshot '{}'; {SETTINGS}", snapshot.replace('\'', ""));
     let adopted = sqlx::raw_sql(AssertSqlSafe(begin)).execute(connection).await;
-    adopted.map(drop).map_err(|source| match state_of(&source).as_deref() {
+    adopted.map(drop).map_err(|source| match sqlstate(&source).as_deref() {
         // Whoever exported it is gone.
         Some("22023" | "42704") => Error::SnapshotGone,
         _ => Error::Sql { what: "adopt the slot's snapshot", source },
     })
-}
-
-pub(super) fn state_of(error: &sqlx::Error) -> Option<String> {
-    error.as_database_error()?.code().map(std::borrow::Cow::into_owned)
 }
 
 /// Starts a reader; it ends with its work, or when it is told to stop.
@@ -130,7 +127,7 @@ pub(super) fn start(
 async fn read(reading: Arc<Reading>, told: &mpsc::UnboundedSender<News>) -> News {
     let mut connection = match reading.source.connect().await {
         Ok(connection) => connection,
-        Err(Error::Sql { what, source }) if state_of(&source).as_deref() == Some("53300") => return News::Crowded(Error::Sql { what, source }),
+        Err(Error::Sql { what, source }) if sqlstate(&source).as_deref() == Some("53300") => return News::Crowded(Error::Sql { what, source }),
         Err(error) => return News::Ended(Err(error)),
     };
     if let Err(error) = adopt(&mut connection, &reading.snapshot).await {
@@ -232,7 +229,7 @@ impl<'a> Reader<'a> {
             headers: self.reading.context.as_ref(),
             timestamp_ms: millis(self.now),
         };
-        if self.reading.producer.try_send(outgoing, receipt)? { Ok(()) } else { Ok(self.reading.producer.send(outgoing, receipt).await?) }
+        Ok(self.reading.producer.send(outgoing, receipt).await?)
     }
 
     /// Sends what may go now that a unit of `table` has begun or ended, under the book's lock: nothing comes between.
