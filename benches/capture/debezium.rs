@@ -18,7 +18,7 @@ use rdkafka::{
 };
 
 use crate::{
-    house::{Database, Engine, cpu_by_thread, cpu_since, micros_a_row, per_second},
+    house::{Database, Engine, micros_a_row, per_second, process_cpu},
     snapshot::NARROW,
     streaming::{self, ROWS_PER_TRANSACTION},
 };
@@ -51,10 +51,14 @@ pub(crate) async fn compare(rows: u64) -> anyhow::Result<()> {
         let name = format!("{NAME}_{}_{}", engine.as_str(), std::process::id());
         let config = Config { engine, slot: name.clone(), publication: name.clone(), topic_prefix: name, ..base.clone() };
         make_topics(&broker, &config, &tables).await?;
-        let before = cpu_by_thread();
+        let before = process_cpu()?;
         let runner = Runner { engine: Engine::start(&database, &broker, config.clone()), config };
         let rate = watched(&ends, &runner, &[NARROW.table], rows).await?;
-        println!("snapshot of {rows} rows, {}: {rate:.0} rows/s · CPU of this process {:.2} µs/row", engine.as_str(), micros_a_row(cpu_since(&before).0, rows));
+        println!(
+            "snapshot of {rows} rows, {}: {rate:.0} rows/s · CPU of this process {:.2} µs/row",
+            engine.as_str(),
+            micros_a_row(process_cpu()?.saturating_sub(before), rows)
+        );
         took.push(rate);
         runner.engine.until(|it| it.step == Step::Streaming).await?;
         paused(&runner).await?;

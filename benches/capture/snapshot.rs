@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt as _;
 
-use crate::house::{Broker, Database, Engine, forget_peak_memory, micros_a_row, peak_memory_mib, per_second};
+use crate::house::{Broker, Database, Engine, forget_peak_memory, micros_a_row, peak_memory_mib, per_second, process_cpu};
 
 const NAME: &str = "cdc_bench_snapshot";
 const ROUNDS: usize = 2;
@@ -87,15 +87,4 @@ async fn read(database: &Database, broker: &Broker, table: &str, rows: u64) -> a
     anyhow::ensure!(stats.snapshot.is_some_and(|it| it.rows == rows), "not every row was read");
     engine.stop().await?;
     Ok((took, cpu))
-}
-
-/// User and system time, of threads that ended too.
-fn process_cpu() -> anyhow::Result<Duration> {
-    /// `USER_HZ`, the same on every Linux.
-    const TICKS_A_SECOND: u64 = 100;
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
-    // Behind the name, which may hold anything, in parentheses; utime and stime are the 14th and 15th fields.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |at: usize| fields.get(at).and_then(|it| it.parse::<u64>().ok()).unwrap_or(0);
-    Ok(Duration::from_millis((ticks(11) + ticks(12)) * 1000 / TICKS_A_SECOND))
 }
