@@ -23,7 +23,7 @@ async fn brisk_database(test: &str, limit: &str) -> Database {
     database
 }
 
-/// A capture that streams from its database through a network, to a broker beside it.
+/// A capture that streams, with a network on one side of it.
 struct Scene {
     database: Database,
     stream: Stream,
@@ -33,11 +33,21 @@ struct Scene {
 }
 
 impl Scene {
+    /// The network is between the capture and its database.
     async fn streaming(test: &str, limit: &str) -> Self {
         let database = brisk_database(test, limit).await;
         let (stream, config) = own_broker(&database).await;
         let network = Network::to(port(&database)).await;
         let capture = Capture::start_as(&network.url(&database.url), &database, stream.address.clone(), config.clone());
+        capture.until("streaming", |it| it.step == Step::Streaming).await;
+        Self { database, stream, config, network, capture }
+    }
+
+    /// The network is between the capture and its broker.
+    async fn far_from_its_broker(database: Database) -> Self {
+        let (stream, config) = own_broker(&database).await;
+        let network = Network::to_broker(&stream.address).await;
+        let capture = Capture::start(&database, network.address(), config.clone());
         capture.until("streaming", |it| it.step == Step::Streaming).await;
         Self { database, stream, config, network, capture }
     }
@@ -158,11 +168,7 @@ async fn outage(database: &Database) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_behind_a_cut_network_is_waited_for_with_the_slot_alive_a_bounded_queue_and_the_order_kept() {
     const ROWS: u64 = 80_000;
-    let database = brisk_database("distant", "2s").await;
-    let (stream, config) = own_broker(&database).await;
-    let network = Network::to_broker(&stream.address).await;
-    let capture = Capture::start(&database, network.address(), config.clone());
-    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    let Scene { database, stream, config, network, capture } = Scene::far_from_its_broker(brisk_database("distant", "2s").await).await;
     database.run("insert into payments values (1, 1.00, 'before');").await;
     capture.drain(&database).await;
 
@@ -186,10 +192,7 @@ async fn a_broker_behind_a_cut_network_is_waited_for_with_the_slot_alive_a_bound
 async fn connections_to_the_broker_that_a_firewall_forgets_are_told_and_given_up_and_the_stream_goes_on() {
     let database = Database::create("forgetful").await;
     database.run(PAYMENTS).await;
-    let (stream, config) = own_broker(&database).await;
-    let network = Network::to_broker(&stream.address).await;
-    let capture = Capture::start(&database, network.address(), config.clone());
-    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    let Scene { database, stream, config, network, capture } = Scene::far_from_its_broker(database).await;
     database.run("insert into payments values (1, 1.00, 'before');").await;
     capture.drain(&database).await;
 
@@ -206,11 +209,7 @@ async fn connections_to_the_broker_that_a_firewall_forgets_are_told_and_given_up
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_broker_makes_the_capture_slow_and_nothing_else() {
     const ROWS: u64 = 20_000;
-    let database = brisk_database("slow", "2s").await;
-    let (stream, config) = own_broker(&database).await;
-    let network = Network::to_broker(&stream.address).await;
-    let capture = Capture::start(&database, network.address(), config.clone());
-    capture.until("streaming", |it| it.step == Step::Streaming).await;
+    let Scene { database, stream, config, network, capture } = Scene::far_from_its_broker(brisk_database("slow", "2s").await).await;
     network.slow(Some(400_000));
     // Text that lz4 makes little of.
     database.run(&format!("insert into payments select id, 1.00, md5(id::text) || md5((id + 1)::text) from generate_series(1, {ROWS}) id;")).await;
