@@ -87,7 +87,7 @@ impl Column {
 }
 
 /// Where and when an event happened: its `source` and `transaction` blocks.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Origin {
     pub(super) lsn: u64,
     /// Microseconds since 1970: of the commit, or of the snapshot.
@@ -129,6 +129,15 @@ pub(super) struct Envelope {
     /// What the events of a transaction have in common, and those of a moment.
     shared: Shared,
     times: Times,
+    tail: Tail,
+}
+
+/// All that follows a row that was read: rows of a snapshot have it in common as long as the clock stands.
+#[derive(Debug, Default)]
+struct Tail {
+    of: Option<(Origin, SystemTime)>,
+    source_names: Vec<u8>,
+    written: Vec<u8>,
 }
 
 /// The parts of `source` that do not change within a transaction, written once.
@@ -167,6 +176,7 @@ impl Envelope {
             database: names,
             shared: Shared::default(),
             times: Times::default(),
+            tail: Tail::default(),
         }
     }
 
@@ -183,7 +193,10 @@ impl Envelope {
         self.value.extend_from_slice(b"{\"before\":null,\"after\":");
         self.row(table, row, None, true)?;
         self.key_of_row(table);
-        self.rest(table, op, origin, now);
+        match op {
+            b'r' => self.rest_of_read(table, origin, now),
+            _ => self.rest(table, op, origin, now),
+        }
         Ok(())
     }
 
@@ -332,6 +345,19 @@ impl Envelope {
         out.extend_from_slice(b",\"op\":\"");
         out.push(op);
         out.extend_from_slice(self.times.at(now));
+    }
+
+    fn rest_of_read(&mut self, table: &Table, origin: &Origin, now: SystemTime) {
+        if self.tail.of == Some((*origin, now)) && self.tail.source_names == table.source_names {
+            return self.value.extend_from_slice(&self.tail.written);
+        }
+        let start = self.value.len();
+        self.rest(table, b'r', origin, now);
+        let Tail { of, source_names, written } = &mut self.tail;
+        *of = Some((*origin, now));
+        source_names.clone_from(&table.source_names);
+        written.clear();
+        written.extend_from_slice(&self.value[start..]);
     }
 
     fn source(&mut self, names: &[u8], origin: &Origin) {

@@ -217,7 +217,7 @@ impl Capture {
                     tracing::warn!(slot = name, "no snapshot was finished with this slot, starting over");
                     slot::drop_slot(&mut connection, &name).await?;
                 }
-                let (client, snapshot) = self.begin(&mut store, &asking, (&mut connection, &producer, context.as_ref()), &tables, control).await?;
+                let (client, snapshot) = self.begin(&mut store, &asking, (&mut connection, &*producer, context.as_ref()), &tables, control).await?;
                 (client, snapshot, snapshot, None)
             }
         };
@@ -295,7 +295,7 @@ impl Capture {
         &mut self,
         store: &mut Store,
         asking: &topics::Topics,
-        (connection, producer, context): (&mut PgConnection, &Arc<Producer>, Option<&Headers>),
+        (connection, producer, context): (&mut PgConnection, &Producer, Option<&Headers>),
         tables: &BTreeSet<TableId>,
         control: &Control<Stats>,
     ) -> Result<(Replication, Lsn), Error> {
@@ -325,7 +325,7 @@ impl Capture {
                     self.stats.tables.entry(table.clone()).or_default().reads = *rows;
                 }
                 self.stats.dead_letters = dead_letters + told.dead_letters;
-                (self.stats.queued, self.stats.broker_away) = (producer.n_waiting(), producer.is_broker_away());
+                (self.stats.queued, self.stats.broker_away) = (told.queued, told.broker_away);
                 self.tell(control, Step::Snapshot, told.waiting_for.clone());
             };
             snapshot::take(&plan, connection, producer, store, tell).await?;

@@ -12,6 +12,18 @@ pub(super) struct Released<R> {
     pub(super) marker: &'static str,
 }
 
+impl<R> Released<R> {
+    /// Whether nothing of its table goes before it.
+    pub(super) fn is_first(&self) -> bool {
+        matches!(self.marker, "first" | "first_in_data_collection")
+    }
+
+    /// Whether nothing of its table comes behind it.
+    pub(super) fn is_last(&self) -> bool {
+        matches!(self.marker, "last" | "last_in_data_collection")
+    }
+}
+
 /// The marker of a row between others.
 pub(super) const BETWEEN: &str = "true";
 

@@ -12,7 +12,7 @@ mod units;
 use std::{
     collections::BTreeSet,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -48,6 +48,8 @@ use crate::{
 
 /// How often progress is told, and what the broker has written down.
 const TELL_EVERY: Duration = Duration::from_millis(100);
+/// Producers that readers share: each keeps a queue.
+const PRODUCERS_MAX: usize = 4;
 /// How long one table may stay locked by somebody else before the slot is given up, and with it the WAL that it keeps.
 const LOCKED_MAX: Duration = Duration::from_secs(60);
 /// A network forgets connections on which nothing moves, and the locks are worth nothing without theirs: so something does.
@@ -78,6 +80,9 @@ pub(super) struct Told {
     /// Rows read of each table.
     pub(super) tables: Vec<(String, u64)>,
     pub(super) dead_letters: u64,
+    /// Messages that wait for the broker.
+    pub(super) queued: u64,
+    pub(super) broker_away: bool,
     pub(super) waiting_for: Option<String>,
 }
 
@@ -85,7 +90,7 @@ pub(super) struct Told {
 pub(super) async fn take(
     plan: &Plan<'_>,
     connection: &mut PgConnection,
-    producer: &Arc<Producer>,
+    producer: &Producer,
     store: &mut Store,
     mut tell: impl FnMut(&Told),
 ) -> Result<(), Error> {
@@ -173,7 +178,7 @@ async fn locker(connection: &mut PgConnection, table: &TableId) -> Result<String
 }
 
 /// All that readers need to know, and how many rows there are about.
-async fn prepare(plan: &Plan<'_>, locked: Vec<(&TableId, String)>, connection: &mut PgConnection, producer: &Arc<Producer>) -> Result<(Reading, u64), Error> {
+async fn prepare(plan: &Plan<'_>, locked: Vec<(&TableId, String)>, connection: &mut PgConnection, producer: &Producer) -> Result<(Reading, u64), Error> {
     let sql = |source| Error::Sql { what: "read the tables under the slot's snapshot", source };
     let xid: i64 = sqlx::query_scalar("select txid_snapshot_xmax(txid_current_snapshot())").fetch_one(&mut *connection).await.map_err(sql)?;
     let (mut tables, mut units, mut rows_estimated) = (Vec::new(), Vec::new(), 0);
@@ -185,9 +190,11 @@ async fn prepare(plan: &Plan<'_>, locked: Vec<(&TableId, String)>, connection: &
             _ => units.extend(units::of(place, &size)),
         }
         let table = catalog::describe(connection, id, plan.topics).await?;
-        tables.push(ToRead { table, from, rows: AtomicU64::new(0), n_readers: AtomicUsize::new(0) });
+        tables.push(ToRead { table, from, is_shared: false, home: OnceLock::new(), rows: AtomicU64::new(0), n_readers: AtomicUsize::new(0) });
     }
-    let n_units = (0..tables.len()).map(|table| units.iter().filter(|it| it.table == table).count());
+    let n_units: Vec<usize> = (0..tables.len()).map(|table| units.iter().filter(|it| it.table == table).count()).collect();
+    tables.iter_mut().zip(&n_units).for_each(|(table, n)| table.is_shared = *n > 1);
+    let producers = producer.beside(n_readers(plan, &units).min(PRODUCERS_MAX))?;
     let book = Book { markers: Markers::new(n_units), receipts: vec![Vec::new(); tables.len()] };
     let origin = Origin {
         lsn: plan.consistent_point.0,
@@ -201,7 +208,7 @@ async fn prepare(plan: &Plan<'_>, locked: Vec<(&TableId, String)>, connection: &
     let reading = Reading {
         source: plan.source.clone(),
         snapshot: plan.snapshot.to_owned(),
-        producer: Arc::clone(producer),
+        producers,
         context: plan.context.cloned(),
         topic_prefix: plan.topics.prefix().to_owned(),
         dead_letters_topic: plan.tolerates_errors.then(|| plan.topics.dead_letters()),
@@ -223,12 +230,16 @@ struct Readers {
     _stop: tokio_util::sync::DropGuard,
 }
 
+fn n_readers(plan: &Plan<'_>, units: &[Unit]) -> usize {
+    plan.readers.clamp(1, units.len().max(1))
+}
+
 fn readers(plan: &Plan<'_>, reading: &Arc<Reading>) -> Result<Readers, Error> {
-    let n = plan.readers.clamp(1, reading.units.len().max(1));
+    let n = n_readers(plan, &reading.units);
     let (told, news) = mpsc::unbounded_channel();
     let stop = CancellationToken::new();
     let readers = Readers { news, n, _stop: stop.clone().drop_guard() };
-    for number in 1..=n {
+    for number in 0..n {
         reader::start(number, Arc::clone(reading), stop.clone(), told.clone(), plan.alive.clone())?;
     }
     tracing::info!(readers = n, units = reading.units.len(), "the tables are being read");
@@ -278,16 +289,14 @@ impl Watched {
 
     /// Waits until the broker has everything.
     async fn until_acked(&mut self, store: &mut Store, tell: &mut impl FnMut(&Told)) -> Result<(), Error> {
-        let producer = Arc::clone(&self.reading.producer);
         loop {
-            producer.check()?;
             self.look();
             tell(&self.told);
             self.note(store).await?;
             if self.noted.len() == self.reading.tables.len() {
                 break;
             }
-            let _ = tokio::time::timeout(TELL_EVERY, producer.rung()).await;
+            self.reading.rung().await?;
         }
         self.told.progress.seconds_left = None;
         tell(&self.told);
@@ -300,6 +309,9 @@ impl Watched {
         let progress = &mut self.told.progress;
         self.told.tables = reading.tables.iter().map(|it| (it.table.id.to_string(), it.rows.load(Ordering::Relaxed))).collect();
         self.told.dead_letters = reading.dead_letters.load(Ordering::Relaxed);
+        self.told.queued = reading.producers.iter().map(Producer::n_waiting).sum();
+        // Each is asked: that is when it tells of a broker that says nothing.
+        self.told.broker_away = reading.producers.iter().fold(false, |away, it| it.is_broker_away() || away);
         progress.rows = self.told.tables.iter().map(|it| it.1).sum();
         progress.seconds_left = seconds_left(self.began.elapsed(), progress.rows, progress.rows_estimated.saturating_sub(progress.rows));
         let being_read = reading.tables.iter().filter(|it| it.n_readers.load(Ordering::Relaxed) > 0);

@@ -1,18 +1,20 @@
 //! One reader of the snapshot: a thread with a connection of its own, which takes unit after unit until none is left.
 //!
-//! A thread, as the work is decoding and writing JSON, several times what PostgreSQL itself does for a row. Readers share the producer's
-//! queue and, a few times in a unit, the book of markers and receipts; between two rows they share nothing.
+//! A thread, as the work is decoding and writing JSON, several times what PostgreSQL itself does for a row. Each has a producer of its
+//! own, so between two rows readers share nothing; a few times in a unit they share the book of markers and receipts. What one producer
+//! sends is in order; where the order between two of them counts, for the first and the last row of a table that several readers share,
+//! the broker's acknowledgement is waited for.
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
-use futures_util::TryStreamExt as _;
+use futures_util::{TryStreamExt as _, future::select_all};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -37,13 +39,16 @@ use crate::{
 
 /// Rows that share one look at the clock, and are counted at once.
 const ROWS_BY_CLOCK: u32 = 64;
+/// How long acknowledgements are waited for before looking again, should a producer's bell be missed.
+const ACKED_WAIT: Duration = Duration::from_millis(100);
 
 /// What all readers know.
 pub(super) struct Reading {
     pub(super) source: Source,
     /// Exported by the slot.
     pub(super) snapshot: String,
-    pub(super) producer: Arc<Producer>,
+    /// Of the readers, in turn.
+    pub(super) producers: Vec<Producer>,
     /// On every event.
     pub(super) context: Option<Headers>,
     pub(super) topic_prefix: String,
@@ -64,8 +69,30 @@ pub(super) struct ToRead {
     pub(super) table: Table,
     /// What its rows are selected from.
     pub(super) from: String,
+    /// Whether it is read in several units.
+    pub(super) is_shared: bool,
+    /// Whose producer sends its first row, and then its last.
+    pub(super) home: OnceLock<usize>,
     pub(super) rows: AtomicU64,
     pub(super) n_readers: AtomicUsize,
+}
+
+impl Reading {
+    /// Waits until the broker has all that the receipts count.
+    pub(super) async fn acked(&self, receipts: &[Arc<Receipt>]) -> Result<(), Error> {
+        while !receipts.iter().all(|it| it.is_acked()) {
+            self.rung().await?;
+        }
+        Ok(())
+    }
+
+    /// Something was acknowledged, or a while has passed. For one listener.
+    pub(super) async fn rung(&self) -> Result<(), Error> {
+        self.producers.iter().try_for_each(Producer::check)?;
+        let bells = select_all(self.producers.iter().map(|it| Box::pin(it.rung())));
+        let _ = tokio::time::timeout(ACKED_WAIT, bells).await;
+        Ok(())
+    }
 }
 
 /// What has become of the tables.
@@ -113,7 +140,7 @@ pub(super) fn start(
             Ok(runtime) => runtime.block_on(async {
                 tokio::select! {
                     () = stop.cancelled() => News::Ended(Ok(())),
-                    ended = read(reading, &told) => ended,
+                    ended = read(number, reading, &told) => ended,
                 }
             }),
         };
@@ -121,10 +148,10 @@ pub(super) fn start(
         let _ = told.send(ended);
         drop(alive);
     };
-    std::thread::Builder::new().name(format!("cdc-read-{number}")).spawn(work).map(drop).map_err(Error::Thread)
+    std::thread::Builder::new().name(format!("cdc-read-{}", number + 1)).spawn(work).map(drop).map_err(Error::Thread)
 }
 
-async fn read(reading: Arc<Reading>, told: &mpsc::UnboundedSender<News>) -> News {
+async fn read(number: usize, reading: Arc<Reading>, told: &mpsc::UnboundedSender<News>) -> News {
     let mut connection = match reading.source.connect().await {
         Ok(connection) => connection,
         Err(Error::Sql { what, source }) if sqlstate(&source).as_deref() == Some("53300") => return News::Crowded(Error::Sql { what, source }),
@@ -134,7 +161,7 @@ async fn read(reading: Arc<Reading>, told: &mpsc::UnboundedSender<News>) -> News
         return News::Ended(Err(error));
     }
     let _ = told.send(News::Reads);
-    let mut reader = Reader::new(&reading);
+    let mut reader = Reader::new(&reading, number);
     while let Some(unit) = reading.units.get(reading.next.fetch_add(1, Ordering::Relaxed)) {
         let table = &reading.tables[unit.table];
         table.n_readers.fetch_add(1, Ordering::Relaxed);
@@ -150,6 +177,8 @@ async fn read(reading: Arc<Reading>, told: &mpsc::UnboundedSender<News>) -> News
 
 struct Reader<'a> {
     reading: &'a Reading,
+    /// The place of its producer.
+    own: usize,
     row: CopyRow,
     /// The row before the one that is being written: it goes once that is known to be writable, as a row between others.
     held: Envelope,
@@ -163,10 +192,11 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn new(reading: &'a Reading) -> Self {
+    fn new(reading: &'a Reading, number: usize) -> Self {
         let envelope = || Envelope::new(&reading.topic_prefix, &reading.source.database);
         Self {
             reading,
+            own: number % reading.producers.len(),
             row: CopyRow::default(),
             held: envelope(),
             written: envelope(),
@@ -200,7 +230,7 @@ impl<'a> Reader<'a> {
             }
             if let Some(before) = held.replace(line) {
                 if has_begun {
-                    self.send(table, &self.held, &receipt).await?;
+                    self.send(self.own, table, &self.held, &receipt).await?;
                 } else {
                     self.mark(unit.table, |markers| markers.begins(unit.table, before)).await?;
                     has_begun = true;
@@ -210,7 +240,7 @@ impl<'a> Reader<'a> {
         }
         rows.fetch_add(u64::from(ROWS_BY_CLOCK - self.rows_by_clock), Ordering::Relaxed);
         self.rows_by_clock = ROWS_BY_CLOCK;
-        reading.producer.seal(&receipt);
+        reading.producers[self.own].seal(&receipt);
         self.mark(unit.table, |markers| markers.ends(unit.table, held)).await
     }
 
@@ -220,7 +250,7 @@ impl<'a> Reader<'a> {
         self.written.write_new(table, b'r', self.row.values(), &origin, self.now)
     }
 
-    async fn send(&self, table: &Table, event: &Envelope, receipt: &Arc<Receipt>) -> Result<(), Error> {
+    async fn send(&self, producer: usize, table: &Table, event: &Envelope, receipt: &Arc<Receipt>) -> Result<(), Error> {
         let outgoing = Outgoing {
             topic: &table.topic,
             partition: None,
@@ -229,7 +259,7 @@ impl<'a> Reader<'a> {
             headers: self.reading.context.as_ref(),
             timestamp_ms: millis(self.now),
         };
-        Ok(self.reading.producer.send(outgoing, receipt).await?)
+        Ok(self.reading.producers[producer].send(outgoing, receipt).await?)
     }
 
     /// Sends what may go now that a unit of `table` has begun or ended, under the book's lock: nothing comes between.
@@ -241,26 +271,34 @@ impl<'a> Reader<'a> {
         }
         let mut book = reading.book.lock().await;
         for released in change(&mut book.markers) {
-            let receipt = self.send_marked(released.table, &released.row, released.marker).await?;
-            book.receipts[released.table].retain(|it| !it.is_acked());
-            book.receipts[released.table].push(receipt);
+            self.send_marked(&released, &mut book.receipts[released.table]).await?;
         }
         let is_open = book.markers.is_open();
         reading.open.send_if_modified(|it| !std::mem::replace(it, is_open) && is_open);
         Ok(())
     }
 
-    async fn send_marked(&mut self, table: usize, line: &[u8], marker: &'static str) -> Result<Arc<Receipt>, Error> {
-        let table = &self.reading.tables[table].table;
+    /// A first row is before, and a last one behind, what other readers send of its table.
+    async fn send_marked(&mut self, released: &Released<Bytes>, receipts: &mut Vec<Arc<Receipt>>) -> Result<(), Error> {
+        let reading = self.reading;
+        let ToRead { table, is_shared, home, .. } = &reading.tables[released.table];
         let unwritable = |source| Error::Row { table: table.id.to_string(), source };
-        let receipt = Receipt::open();
+        if *is_shared && released.is_last() {
+            reading.acked(receipts).await?;
+        }
         std::mem::swap(&mut self.marked, &mut self.written);
-        let written = self.write(table, line, marker);
+        let written = self.write(table, &released.row, released.marker);
         std::mem::swap(&mut self.marked, &mut self.written);
         written.map_err(unwritable)?;
-        self.send(table, &self.marked, &receipt).await?;
-        self.reading.producer.seal(&receipt);
-        Ok(receipt)
+        let (home, receipt) = (*home.get_or_init(|| self.own), Receipt::open());
+        self.send(home, table, &self.marked, &receipt).await?;
+        reading.producers[home].seal(&receipt);
+        if *is_shared && released.is_first() {
+            reading.acked(std::slice::from_ref(&receipt)).await?;
+        }
+        receipts.retain(|it| !it.is_acked());
+        receipts.push(receipt);
+        Ok(())
     }
 
     async fn set_aside(&mut self, table: &Table, line: &[u8], poison: Poison, receipt: &Arc<Receipt>) -> Result<(), Error> {
@@ -272,15 +310,13 @@ impl<'a> Reader<'a> {
         self.reading.dead_letters.fetch_add(1, Ordering::Relaxed);
         dead_letter::write(&mut self.letter, &poison, Some(&table.id), "r", line, self.reading.origin.xid, lsn);
         let outgoing = Outgoing { topic, partition: Some(0), key: None, value: Some(&self.letter), headers: None, timestamp_ms: millis(self.now) };
-        Ok(self.reading.producer.send(outgoing, receipt).await?)
+        Ok(self.reading.producers[self.own].send(outgoing, receipt).await?)
     }
 }
 
 /// Sends the very last row.
 pub(super) async fn finish(reading: &Reading) -> Result<(), Error> {
-    let last = reading.book.lock().await.markers.finish();
-    let Some(last) = last else { return Ok(()) };
-    let receipt = Reader::new(reading).send_marked(last.table, &last.row, last.marker).await?;
-    reading.book.lock().await.receipts[last.table].push(receipt);
-    Ok(())
+    let mut book = reading.book.lock().await;
+    let Some(last) = book.markers.finish() else { return Ok(()) };
+    Reader::new(reading, 0).send_marked(&last, &mut book.receipts[last.table]).await
 }
