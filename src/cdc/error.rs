@@ -201,7 +201,7 @@ impl Diagnose for Error {
             Self::SlotLost { slot, reason } => {
                 operator(format!("drop slot {slot} (select pg_drop_replication_slot('{slot}')) and {}; {NEW_SNAPSHOT}", keep_it(reason)))
             }
-            Self::SlotMissing { .. } => operator(format!("somebody dropped the slot; {NEW_SNAPSHOT}")),
+            Self::SlotMissing { .. } => operator(format!("somebody dropped the slot, or source.url leads to a server that never had it; {NEW_SNAPSHOT}")),
             Self::SlotUnknown { slot } => {
                 operator(format!("name another cdc.slot, or drop this one if nobody needs it: select pg_drop_replication_slot('{slot}')"))
             }

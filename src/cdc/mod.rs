@@ -87,6 +87,9 @@ pub struct Config {
     pub snapshot: SnapshotMode,
     /// How many readers share the snapshot. The native engine's alone.
     pub snapshot_max_threads: SnapshotThreads,
+    /// How long a table may stay locked by somebody else once the slot is made; then the slot is dropped, and with it the WAL that it keeps,
+    /// until the table is free. Debezium's `snapshot.lock.timeout.ms`. The native engine's alone.
+    pub snapshot_lock_timeout: Span,
     /// How often a heartbeat is sent at least, so that consumers see the capture is alive though the tables are quiet.
     pub heartbeat: Span,
     /// BEGIN and END of every commit on the transaction topic; the warehouse needs them to show whole payments only.
@@ -240,6 +243,7 @@ impl Default for Config {
             publication: "ledgerline".to_owned(),
             snapshot: SnapshotMode::Initial,
             snapshot_max_threads: SnapshotThreads::default(),
+            snapshot_lock_timeout: Span::from_secs(60),
             heartbeat: Span::from_secs(10),
             transaction_metadata: true,
             skipped_operations: SkippedOperations::T,

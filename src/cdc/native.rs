@@ -188,7 +188,11 @@ impl Capture {
         }
         let found = slot::wait_until_free(&mut connection, &name, |text| self.tell(control, Step::Connecting, Some(text))).await?;
         // Before anything that another server would lack as well.
-        let start = self.decide(found.as_ref(), progress.as_ref()).await?;
+        let start = match self.decide(found.as_ref(), progress.as_ref()).await? {
+            // What the slot keeps is of no use, so it need not fill the disk for as long as what follows has to wait.
+            Start::Over if progress.as_ref().is_none_or(|it| it.tables_read.is_empty()) => self.start_over(&mut connection).await?,
+            start => start,
+        };
         let wanted = catalog::wanted_tables(&mut connection, &self.config).await?;
         self.wait_until_unlocked(&mut connection, &wanted, control).await?;
         let published = prepare::publish(&mut connection, &self.config, &wanted, matches!(start, Start::Resume { .. }), false).await?;
@@ -213,10 +217,6 @@ impl Capture {
                 (client, snapshot, confirmed, last_commit)
             }
             Start::Fresh | Start::Over => {
-                if start == Start::Over {
-                    tracing::warn!(slot = name, "no snapshot was finished with this slot, starting over");
-                    slot::drop_slot(&mut connection, &name).await?;
-                }
                 let (client, snapshot) = self.begin(&mut store, &asking, (&mut connection, &*producer, context.as_ref()), &tables, control).await?;
                 (client, snapshot, snapshot, None)
             }
@@ -260,6 +260,12 @@ impl Capture {
         Ok(())
     }
 
+    async fn start_over(&self, connection: &mut PgConnection) -> Result<Start, Error> {
+        tracing::warn!(slot = self.config.slot, "no snapshot was finished with this slot, starting over");
+        slot::drop_slot(connection, &self.config.slot).await?;
+        Ok(Start::Fresh)
+    }
+
     /// How a snapshot that was cut short goes on: from the slot as it stands, where that can be, with requests for what was not read.
     async fn go_on(
         &self,
@@ -267,7 +273,9 @@ impl Capture {
         (slot, progress): (Option<&Slot>, Option<&Progress>),
         tables: &BTreeSet<TableId>,
     ) -> Result<(Start, Option<Finishing>), Error> {
-        let Some((start, left)) = prepare::left_to_read(connection, slot, progress, tables).await? else { return Ok((Start::Over, None)) };
+        let Some((start, left)) = prepare::left_to_read(connection, slot, progress, tables).await? else {
+            return Ok((self.start_over(connection).await?, None));
+        };
         tracing::info!(tables = ?left, "going on with the snapshot that was cut short");
         let mut requests = Requests::open(&self.state, &self.config.topic_prefix).await?;
         for table in &left {
@@ -315,6 +323,7 @@ impl Capture {
                 consistent_point: made.consistent_point,
                 context,
                 readers: self.config.snapshot_max_threads.readers(),
+                lock_timeout: *self.config.snapshot_lock_timeout,
                 tolerates_errors: self.config.errors_tolerance == ErrorsTolerance::All,
                 alive,
             };

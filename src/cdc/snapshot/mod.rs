@@ -50,8 +50,6 @@ use crate::{
 const TELL_EVERY: Duration = Duration::from_millis(100);
 /// Producers that readers share: each keeps a queue.
 const PRODUCERS_MAX: usize = 4;
-/// How long one table may stay locked by somebody else before the slot is given up, and with it the WAL that it keeps.
-const LOCKED_MAX: Duration = Duration::from_secs(60);
 /// A network forgets connections on which nothing moves, and the locks are worth nothing without theirs: so something does.
 const ASK_EVERY: Duration = Duration::from_secs(20);
 
@@ -67,6 +65,8 @@ pub(super) struct Plan<'a> {
     pub(super) context: Option<&'a Headers>,
     /// Readers at most.
     pub(super) readers: usize,
+    /// How long one table may stay locked by somebody else.
+    pub(super) lock_timeout: Duration,
     /// Rows that cannot become events are set aside; otherwise the first one is the end.
     pub(super) tolerates_errors: bool,
     /// Closed once no reader is left.
@@ -104,7 +104,7 @@ pub(super) async fn take(
             told.waiting_for = Some(format!("{holder}, who has locked {table}"));
             tell(&told);
         };
-        locked.push((table, lock(connection, table, wait).await?));
+        locked.push((table, lock(connection, table, plan.lock_timeout, wait).await?));
     }
     told.waiting_for = None;
     let (reading, rows_estimated) = prepare(plan, locked, connection, producer).await?;
@@ -137,7 +137,7 @@ async fn still_there(connection: &mut PgConnection) -> Result<(), Error> {
 
 /// Keeps a table as it is, but for its rows, until the snapshot is read. Tells who has it otherwise, and waits for that a while.
 /// What its rows are selected from.
-async fn lock(connection: &mut PgConnection, table: &TableId, mut wait: impl FnMut(&str)) -> Result<String, Error> {
+async fn lock(connection: &mut PgConnection, table: &TableId, timeout: Duration, mut wait: impl FnMut(&str)) -> Result<String, Error> {
     const POLL: Duration = Duration::from_millis(500);
     let sql = |source| Error::Sql { what: "lock a table for the snapshot", source };
     let gone = |error| match error {
@@ -146,7 +146,7 @@ async fn lock(connection: &mut PgConnection, table: &TableId, mut wait: impl FnM
     };
     let rows = catalog::rows_of(connection, table).await.map_err(gone)?;
     let statement = format!("savepoint unlocked; set local lock_timeout = {}; lock table {rows} in access share mode; release unlocked", POLL.as_millis());
-    let deadline = tokio::time::Instant::now() + LOCKED_MAX;
+    let deadline = tokio::time::Instant::now() + timeout;
     loop {
         let Err(refused) = sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&mut *connection).await else { break };
         match sqlstate(&refused).as_deref() {

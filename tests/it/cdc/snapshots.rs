@@ -9,6 +9,7 @@ use ledgerline::{
     cdc::{self, Config, ErrorsTolerance, Stats, Step},
     fault::{Diagnose as _, Fault},
     secret::Secret,
+    units::Span,
 };
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -336,8 +337,40 @@ async fn a_table_that_is_rewritten_dropped_or_locked_before_it_is_read_is_told_a
     capture.until("it waits", locked).await;
     locking.execute("rollback").await.expect("let go");
     read_whole(&capture, &database, &settings).await;
+    capture.stop().await;
     let rows: Vec<Value> = broker.read("public.payments").iter().filter_map(parsed).map(|it| it["after"]["amount"].clone()).collect();
     assert_eq!(rows, ["1.000"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_stays_locked_costs_the_source_no_wal() {
+    let database = Database::create("long_locked").await;
+    database.run(PAYMENTS).await;
+    database.run("insert into payments values (1, 1.00, 'old');").await;
+    let mut broker = Broker::start(&database, &["public.payments"], 1);
+    let network = Network::to(port(&database)).await;
+    let settings = Config { snapshot_lock_timeout: Span::from_millis(700), ..config(&database) };
+
+    let mut locking = database.connect().await;
+    let pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut locking).await.expect("a pid");
+    let lock = async || {
+        locking.execute("begin; lock table payments in access exclusive mode").await.expect("locked");
+    };
+    let error = begun_behind(&network, &database, &broker, &settings, lock).await.ended().await.expect_err("it stays locked");
+    let named = format!("pid {pid} ");
+    assert!(matches!(&error, cdc::Error::Locked { table, holder } if table == "public.payments" && holder.starts_with(&named)), "{error}");
+    assert_eq!(error.fault(), Fault::Transient);
+
+    // The next try waits without a slot.
+    let capture = Capture::start(&database, broker.address(), settings.clone());
+    let waits = |it: &Stats| it.waiting_for.as_ref().is_some_and(|it| it.contains(&named) && it.contains("public.payments"));
+    capture.until("it waits", waits).await;
+    let mut looking = database.connect().await;
+    let slots = "select count(*) from pg_replication_slots where database = current_database()";
+    assert_eq!(sqlx::query_scalar::<_, i64>(slots).fetch_one(&mut looking).await.expect("an answer"), 0);
+    locking.execute("rollback").await.expect("let go");
+    read_whole(&capture, &database, &settings).await;
+    assert_eq!(markers(&mut broker, "public.payments"), ["last"]);
     capture.stop().await;
 }
 
