@@ -123,6 +123,8 @@ pub(super) async fn take(
             }
         } => return Err(error),
     }
+    // The very last row is behind all others.
+    reading.until_acked(store, &mut tell).await?;
     reader::finish(&reading.reading).await?;
     reading.until_acked(store, &mut tell).await?;
     sqlx::raw_sql("commit").execute(connection).await.map_err(sql)?;
@@ -287,20 +289,21 @@ impl Watched {
         Ok(())
     }
 
-    /// Waits until the broker has everything.
+    /// Waits until the broker has everything that was sent. Readers have ended, so nobody else has the book.
     async fn until_acked(&mut self, store: &mut Store, tell: &mut impl FnMut(&Told)) -> Result<(), Error> {
         loop {
+            let is_acked = self.reading.book.lock().await.receipts.iter().flatten().all(|it| it.is_acked());
             self.look();
+            if is_acked {
+                self.told.progress.seconds_left = None;
+            }
             tell(&self.told);
             self.note(store).await?;
-            if self.noted.len() == self.reading.tables.len() {
-                break;
+            if is_acked {
+                return Ok(());
             }
             self.reading.rung().await?;
         }
-        self.told.progress.seconds_left = None;
-        tell(&self.told);
-        Ok(())
     }
 
     /// Brings what is told up to date. The book may lie with a reader that waits for the broker: then it says what it said before.
@@ -310,8 +313,7 @@ impl Watched {
         self.told.tables = reading.tables.iter().map(|it| (it.table.id.to_string(), it.rows.load(Ordering::Relaxed))).collect();
         self.told.dead_letters = reading.dead_letters.load(Ordering::Relaxed);
         self.told.queued = reading.producers.iter().map(Producer::n_waiting).sum();
-        // Each is asked: that is when it tells of a broker that says nothing.
-        self.told.broker_away = reading.producers.iter().fold(false, |away, it| it.is_broker_away() || away);
+        self.told.broker_away = reading.producers.iter().any(Producer::is_broker_away);
         progress.rows = self.told.tables.iter().map(|it| it.1).sum();
         progress.seconds_left = seconds_left(self.began.elapsed(), progress.rows, progress.rows_estimated.saturating_sub(progress.rows));
         let being_read = reading.tables.iter().filter(|it| it.n_readers.load(Ordering::Relaxed) > 0);
