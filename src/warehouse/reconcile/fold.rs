@@ -2,8 +2,8 @@
 //!
 //! The order of a key's changes is that of the commits (the END's LSN, found by transaction number), then of the WAL. A read
 //! of the initial snapshot stands at the position it was read at, and only the attempt that came to an end counts; one of an
-//! incremental snapshot repeats what is known, and counts where nothing else is. Repeats are the
-//! same change and fold to one; staging has none to offer, so a doubled row there counts twice.
+//! incremental snapshot repeats what is known, and counts where nothing else is; nor does it speak of the mark where the row was
+//! created under the capture, which may have been later. Repeats are the same change and fold to one; staging has none to offer, so a doubled row there counts twice.
 
 use std::{collections::BTreeMap, ops::RangeInclusive};
 
@@ -89,6 +89,9 @@ impl<'a> Folded<'a> {
                 }
             }
             this.promised.insert(table, promised);
+        }
+        for table in &TABLES {
+            this.run(created(&lake_table(table.name))).await?;
         }
         this.run("create temp view raw_ends as select split_part(v ->> 'id', ':', 1)::bigint as xid, split_part(v ->> 'id', ':', 2)::bigint as lsn from raw.boundaries where v ->> 'status' = 'END'".to_owned()).await?;
         for place in ["lake", "raw"] {
@@ -190,8 +193,8 @@ impl<'a> Folded<'a> {
         }
         Ok(match place {
             Place::Source => None,
-            Place::Lake => Some(fold(&lake_table(table.name), "lake_commits", self.snapshot_lsn)),
-            Place::Raw => Some(fold(&format!("({})", raw_events(table)), "raw_commits", self.snapshot_lsn)),
+            Place::Lake => Some(fold(table, &lake_table(table.name), "lake_commits", self.snapshot_lsn)),
+            Place::Raw => Some(fold(table, &format!("({})", raw_events(table)), "raw_commits", self.snapshot_lsn)),
             Place::Staging => Some(staged(table, &staged_at(self.lsn))),
             Place::StagingAtCut => Some(staged(table, &format!("tx_lsn <= {}", self.position(table.model).await?))),
             Place::Analytics => {
@@ -251,13 +254,24 @@ fn raw_events(table: &BankTable) -> String {
     )
 }
 
+/// What was read again though its creation is told: few keys, asked of the lake alone as raw holds the same.
+fn created(lake: &str) -> String {
+    format!(
+        "create temp table {lake}_created on commit drop as
+         select distinct key from {lake} where op = 'c' and key in (select key from {lake} where op = '{READ_AGAIN}');
+         analyze {lake}_created"
+    )
+}
+
 /// The latest state of each key that is alive, from events and the commits the mark sees.
-fn fold(events: &str, commits: &str, snapshot_lsn: i64) -> String {
+fn fold(table: &BankTable, events: &str, commits: &str, snapshot_lsn: i64) -> String {
+    let lake = lake_table(table.name);
     format!(
         "select key, 1 as n, cents from (
            select distinct on (e.key) e.key, e.op, e.cents from {events} e
            left join {commits} c on e.op <> 'r' and c.xid = e.xid and e.lsn > c.after_lsn and e.lsn <= c.lsn
-           where case e.op when 'r' then e.lsn = {snapshot_lsn} when '{READ_AGAIN}' then true else c.lsn is not null end
+           left join {lake}_created m on e.op = '{READ_AGAIN}' and m.key = e.key
+           where case e.op when 'r' then e.lsn = {snapshot_lsn} when '{READ_AGAIN}' then m.key is null else c.lsn is not null end
            order by e.key, coalesce(c.lsn, e.lsn) desc, e.lsn desc) latest where op <> 'd'"
     )
 }

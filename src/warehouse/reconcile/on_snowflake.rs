@@ -66,6 +66,13 @@ impl<'a> Folded<'a> {
             }
             this.promised.insert(table, promised);
         }
+        for BankTable { name, .. } in &TABLES {
+            let created = format!(
+                "create temporary table lake_{name}_created as
+                 select distinct key from lake_{name} where op = 'c' and key in (select key from lake_{name} where op = '{READ_AGAIN}')"
+            );
+            this.session.run(&created).await?;
+        }
         let ends = format!(
             "create temporary table raw_ends as select split_part(v:id::varchar, ':', 1)::number(38, 0) as xid, split_part(v:id::varchar, ':', 2)::number(38, 0) as lsn
              from {} where v:status::varchar = 'END' and {}",
@@ -201,8 +208,8 @@ impl<'a> Folded<'a> {
         let cents = table.money.map_or_else(|| "0".to_owned(), |money| format!("{money} * 100"));
         Ok(match place {
             Place::Source => None,
-            Place::Lake => Some(fold(&format!("lake_{}", table.name), "lake_commits", self.snapshot_lsn)),
-            Place::Raw => Some(fold(&format!("({})", raw_events(table, &self.loaded[table.name])), "raw_commits", self.snapshot_lsn)),
+            Place::Lake => Some(fold(table, &format!("lake_{}", table.name), "lake_commits", self.snapshot_lsn)),
+            Place::Raw => Some(fold(table, &format!("({})", raw_events(table, &self.loaded[table.name])), "raw_commits", self.snapshot_lsn)),
             Place::Staging => Some(staged(table, &cents, &staged_at(self.lsn))),
             Place::StagingAtCut => Some(staged(table, &cents, &format!("tx_lsn <= {}", self.position(table.model).await?))),
             Place::Analytics => Some(format!("select {} as key, 1 as n, {cents} as cents from analytics.{} where {}", table.key, table.model, table.alive)),
@@ -260,12 +267,14 @@ fn raw_events(table: &BankTable, loaded: &str) -> String {
     )
 }
 
-fn fold(events: &str, commits: &str, snapshot_lsn: i64) -> String {
+fn fold(table: &BankTable, events: &str, commits: &str, snapshot_lsn: i64) -> String {
+    let name = table.name;
     format!(
         "select key, 1 as n, cents from (
            select e.key, e.op, e.cents, row_number() over (partition by e.key order by coalesce(c.lsn, e.lsn) desc, e.lsn desc) as age from {events} e
            left join {commits} c on e.op <> 'r' and c.xid = e.xid and e.lsn > c.after_lsn and e.lsn <= c.lsn
-           where (e.op = 'r' and e.lsn = {snapshot_lsn}) or e.op = '{READ_AGAIN}' or (e.op <> 'r' and c.lsn is not null)) latest
+           left join lake_{name}_created m on e.op = '{READ_AGAIN}' and m.key = e.key
+           where (e.op = 'r' and e.lsn = {snapshot_lsn}) or (e.op = '{READ_AGAIN}' and m.key is null) or (e.op <> 'r' and c.lsn is not null)) latest
          where age = 1 and op <> 'd'"
     )
 }

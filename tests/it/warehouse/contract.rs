@@ -173,8 +173,10 @@ pub(super) async fn what_is_read_again_counts_only_where_nothing_else_is_known(g
     // 5 has moved since, and 20 is gone.
     ground.land("bank.public.accounts", 0, &[read(500, "-1.00"), read(5, "0.00"), read(20, "0.00")]).await;
     let mark = reconcile::mark(&bank.source.url).await.expect("marks");
-    bank.pay("update accounts set balance = balance + 3 where id = 6").await;
+    bank.pay("update accounts set balance = balance + 3 where id = 6; insert into accounts values (600, 1, 'LOAN', 7)").await;
     bank.land(&ground).await;
+    // Behind the mark it was made and read.
+    ground.land("bank.public.accounts", 0, &[read(600, "7.00")]).await;
     ground.load_all().await;
     run(&ground, &models(), &models_of_snowflake()).await;
 
