@@ -22,8 +22,6 @@ const NAME: &str = "cdc_bench_snapshot";
 const ROUNDS: usize = 2;
 /// Producers that send at once where nothing else is done: as many as readers on two cores.
 const SENDERS: usize = 2;
-/// The largest batch that the embedded broker's topics take.
-const TOPIC_BYTES: usize = 16 * 1024 * 1024;
 
 /// A table, and what is in row number `i` of it.
 pub(crate) struct Shape {
@@ -112,9 +110,11 @@ async fn read(database: &Database, broker: &Broker, table: &str, rows: u64) -> a
 async fn sent(broker: &Broker, table: &str, rows: u64) -> anyhow::Result<Duration> {
     let topic = "only_sent";
     let wanted = Wanted { topic: topic.to_owned(), partitions: NonZeroU32::MIN, replication_factor: 0 };
-    Topics::connect(broker.address.as_str())?.ensure(vec![wanted]).await?;
+    let topics = Topics::connect(broker.address.as_str())?;
+    topics.ensure(vec![wanted]).await?;
+    let bytes_max = topics.bytes_max(&[topic.to_owned()]).await?;
     let message = first_message(broker, &format!("{NAME}.public.{table}"))?;
-    let producers = Producer::new(broker.address.as_str(), TOPIC_BYTES)?.beside(SENDERS)?;
+    let producers = Producer::new(broker.address.as_str(), bytes_max)?.beside(SENDERS)?;
     let start = Instant::now();
     std::thread::scope(|scope| {
         let send = |producer, rows| tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(send(producer, topic, &message, rows));

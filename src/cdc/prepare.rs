@@ -100,14 +100,15 @@ pub(super) async fn make_slot(store: &mut Store, source: &Source, config: &Confi
 }
 
 /// Which tables a snapshot that was cut short has not read, where it can go on: the slot is kept, and they are read in chunks while the
-/// stream flows. None where it must be taken anew: no table was read to its end, or one that was not has no key.
+/// stream flows. None where it must be taken anew, as one of them has no key. Asked where some table was read to its end: otherwise there
+/// is nothing to go on with.
 pub(super) async fn left_to_read(
     connection: &mut PgConnection,
     slot: Option<&slot::Slot>,
     progress: Option<&Progress>,
     tables: &BTreeSet<TableId>,
 ) -> Result<Option<(Start, Vec<String>)>, Error> {
-    let Some((slot, progress)) = slot.zip(progress.filter(|it| !it.tables_read.is_empty())) else { return Ok(None) };
+    let Some((slot, progress)) = slot.zip(progress) else { return Ok(None) };
     let Some(snapshot) = progress.lsn else { return Ok(None) };
     if slot::require_alive(&progress.slot, slot).is_err() {
         return Ok(None);

@@ -183,19 +183,19 @@ async fn locker(connection: &mut PgConnection, table: &TableId) -> Result<String
 async fn prepare(plan: &Plan<'_>, locked: Vec<(&TableId, String)>, connection: &mut PgConnection, producer: &Producer) -> Result<(Reading, u64), Error> {
     let sql = |source| Error::Sql { what: "read the tables under the slot's snapshot", source };
     let xid: i64 = sqlx::query_scalar("select txid_snapshot_xmax(txid_current_snapshot())").fetch_one(&mut *connection).await.map_err(sql)?;
-    let (mut tables, mut units, mut rows_estimated) = (Vec::new(), Vec::new(), 0);
+    let (mut tables, mut units, mut n_units, mut rows_estimated) = (Vec::new(), Vec::new(), Vec::new(), 0);
     for (place, (id, from)) in locked.into_iter().enumerate() {
         let size = units::size_of(connection, id).await?;
         rows_estimated += catalog::estimate(connection, id, &from).await?;
-        match plan.readers {
-            0 | 1 => units.push(Unit { table: place, blocks: None }),
-            _ => units.extend(units::of(place, &size)),
-        }
+        let own = match plan.readers {
+            0 | 1 => vec![Unit { table: place, blocks: None }],
+            _ => units::of(place, &size),
+        };
+        n_units.push(own.len());
         let table = catalog::describe(connection, id, plan.topics).await?;
-        tables.push(ToRead { table, from, is_shared: false, home: OnceLock::new(), rows: AtomicU64::new(0), n_readers: AtomicUsize::new(0) });
+        tables.push(ToRead { table, from, is_shared: own.len() > 1, home: OnceLock::new(), rows: AtomicU64::new(0), n_readers: AtomicUsize::new(0) });
+        units.extend(own);
     }
-    let n_units: Vec<usize> = (0..tables.len()).map(|table| units.iter().filter(|it| it.table == table).count()).collect();
-    tables.iter_mut().zip(&n_units).for_each(|(table, n)| table.is_shared = *n > 1);
     let producers = producer.beside(n_readers(plan, &units).min(PRODUCERS_MAX))?;
     let book = Book { markers: Markers::new(n_units), receipts: vec![Vec::new(); tables.len()] };
     let origin = Origin {

@@ -294,7 +294,7 @@ impl<'a> Reader<'a> {
         self.send(home, table, &self.marked, &receipt).await?;
         reading.producers[home].seal(&receipt);
         if *is_shared && released.is_first() {
-            reading.acked(std::slice::from_ref(&receipt)).await?;
+            reading.producers[home].acked(&receipt).await?;
         }
         receipts.retain(|it| !it.is_acked());
         receipts.push(receipt);

@@ -3,7 +3,8 @@
 //! The order of a key's changes is that of the commits (the END's LSN, found by transaction number), then of the WAL. A read
 //! of the initial snapshot stands at the position it was read at, and only the attempt that came to an end counts; one of an
 //! incremental snapshot repeats what is known, and counts where nothing else is; nor does it speak of the mark where the row was
-//! created under the capture, which may have been later. Repeats are the same change and fold to one; staging has none to offer, so a doubled row there counts twice.
+//! created under the capture, which may have been later. Repeats are the same change and fold to one; staging has none to offer,
+//! so a doubled row there counts twice.
 
 use std::{collections::BTreeMap, ops::RangeInclusive};
 
@@ -91,7 +92,8 @@ impl<'a> Folded<'a> {
             this.promised.insert(table, promised);
         }
         for table in &TABLES {
-            this.run(created(&lake_table(table.name))).await?;
+            let lake = lake_table(table.name);
+            this.run(format!("create temp table {lake}_created on commit drop as {}; analyze {lake}_created", created(&lake))).await?;
         }
         this.run("create temp view raw_ends as select split_part(v ->> 'id', ':', 1)::bigint as xid, split_part(v ->> 'id', ':', 2)::bigint as lsn from raw.boundaries where v ->> 'status' = 'END'".to_owned()).await?;
         for place in ["lake", "raw"] {
@@ -255,12 +257,8 @@ fn raw_events(table: &BankTable) -> String {
 }
 
 /// What was read again though its creation is told: few keys, asked of the lake alone as raw holds the same.
-fn created(lake: &str) -> String {
-    format!(
-        "create temp table {lake}_created on commit drop as
-         select distinct key from {lake} where op = 'c' and key in (select key from {lake} where op = '{READ_AGAIN}');
-         analyze {lake}_created"
-    )
+pub(super) fn created(lake: &str) -> String {
+    format!("select distinct key from {lake} where op = 'c' and key in (select key from {lake} where op = '{READ_AGAIN}')")
 }
 
 /// The latest state of each key that is alive, from events and the commits the mark sees.

@@ -11,7 +11,7 @@ use arrow_array::{ArrayRef, Int64Array, StringArray};
 use super::{
     Amount, BANK_AND_BOUNDARIES, BankTable, Check, Mark, TABLES,
     compare::{Held, Keys, Ranges},
-    fold::{Place, misloaded, staged_at},
+    fold::{Place, created, misloaded, staged_at},
     lake_events::{self, READ_AGAIN, Told},
 };
 use crate::{
@@ -67,11 +67,8 @@ impl<'a> Folded<'a> {
             this.promised.insert(table, promised);
         }
         for BankTable { name, .. } in &TABLES {
-            let created = format!(
-                "create temporary table lake_{name}_created as
-                 select distinct key from lake_{name} where op = 'c' and key in (select key from lake_{name} where op = '{READ_AGAIN}')"
-            );
-            this.session.run(&created).await?;
+            let created = created(&format!("lake_{name}"));
+            this.session.run(&format!("create temporary table lake_{name}_created as {created}")).await?;
         }
         let ends = format!(
             "create temporary table raw_ends as select split_part(v:id::varchar, ':', 1)::number(38, 0) as xid, split_part(v:id::varchar, ':', 2)::number(38, 0) as lsn
